@@ -395,6 +395,6 @@ def from_json(plain: Mapping[str, Any]) -> status_pb2.Status:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of a foreign error's text; its type's name if it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    """First line of a foreign error's text, with the next behind a headline that ends with ":"; its type's name without any."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -233,7 +233,12 @@ def _part(part: Any, where: str) -> str:
         return str(part["text"])
     if not isinstance(part, dict):
         raise FieldError(where, f'is {kind_of(part)}; it must be an object of type "text".')
-    raise FieldError(where, f"is of type {shown(part.get('type'))}; only text is supported.")
+    if part.get("type") == "text":
+        raise FieldError(f"{where}.text", f"is {kind_of(part.get('text'))}; it must be a string.")
+    raise FieldError(
+        where,
+        f'is of type {shown(part.get("type"))}; only parts of type "text" are supported. Remove the part, or the row.',
+    )
 
 
 def _calls(given: dict[str, Any], where: str) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from stillhouse.protos.rows.conversation import (
     parse_turns,
     with_system,
 )
-from stillhouse.protos.rows.field_error import FieldError, kind_of, require_unicode
+from stillhouse.protos.rows.field_error import FieldError, kind_of, require_unicode, shown
 from stillhouse.protos.rows.known_fields import (
     CONTEXT,
     LABELS,
@@ -115,6 +115,15 @@ def _content(values: Mapping[str, Any], *, chat: bool) -> TrainingRow:
         text = _text(values, "text")
         if not text:
             raise FieldError("text", "is empty; remove the row or fill it.")
+        for name in ("prompt", "completion"):
+            part = values.get(name)
+            if part is not None and not (isinstance(part, str) and part in text):
+                other = "completion" if name == "prompt" else "prompt"
+                raise FieldError(
+                    name,
+                    f"is given beside text and is no part of it, so it would not be read. Remove it, or give {other} in the "
+                    "place of text.",
+                )
         return TrainingRow(kind=kind, text=text)
     if kind == "messages":
         _check_copies(values)
@@ -160,8 +169,11 @@ def _turns(values: Mapping[str, Any], messages: Any, *, trained_from: int) -> Tu
         trained_from += (len(messages) - before) if trained_from else 0
     turns = parse_turns(messages, values.get("tools"), values.get(OPTIONS))
     if not any(message["role"] == "assistant" for message in turns.messages[trained_from:]):
+        roles = sorted({str(message["role"]) for message in turns.messages[trained_from:]})
         raise FieldError(
-            "messages", 'has no turn with role "assistant", so there is nothing to train on. Add the answer.'
+            "messages",
+            f'has no turn with role "assistant", so there is nothing to train on; its roles are {", ".join(map(shown, roles))}. Add '
+            "the answer, or give its turns this role.",
         )
     trained = tuple(each and at >= trained_from for at, each in enumerate(turns.trained))
     # A teacher may well end a text at once; finish_reason says that one did.

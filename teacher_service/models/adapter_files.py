@@ -3,26 +3,17 @@ does not name would be scaled wrongly."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.files.adapter import CONFIG, FILES
+from stillhouse.protos.files.adapter_config import CHANGING_INITS, AdapterConfigError, check_lora_config
 
 MAX_NAME_CHARS = 128
-# An adapter with one of these belongs to another base, or needs another forward pass, than the one that is served.
-_UNSERVED = (
-    "layer_replication",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "use_bdlora",
-    "use_qalora",
-)
-_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
+_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def check_ranks(name: str, directory: Path) -> None:
@@ -34,11 +25,24 @@ def check_ranks(name: str, directory: Path) -> None:
         config = json.loads(config_path.read_bytes())
         named = {config.get("r", 8), *(config.get("rank_pattern") or {}).values()}
         with safe_open(weights_path, framework="numpy") as weights:
-            shapes = {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
-    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+            slices = {key: weights.get_slice(key) for key in weights.keys()}  # noqa: SIM118
+            shapes = {key: tuple(each.get_shape()) for key, each in slices.items()}
+            dtypes = {key: str(each.get_dtype()) for key, each in slices.items()}
+    except SafetensorError as error:
+        raise adapter_invalid(
+            name,
+            f"its {FILES[1]}, of {weights_path.stat().st_size} bytes, cannot be read ({first_line(error)}); fetch or save "
+            "it again",
+        ) from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise adapter_invalid(name, f"its files cannot be read ({first_line(error)})") from error
     if not shapes:
         raise adapter_invalid(name, f"its {FILES[1]} holds no weights")
+    for key, dtype in dtypes.items():
+        if dtype not in _DTYPES:
+            raise adapter_invalid(
+                name, f"its weight {key} is of type {dtype}; save it in float32, bfloat16 or float16"
+            )
     for key, shape in shapes.items():
         rank = _rank(key, shape)
         if rank is not None and rank not in named:
@@ -49,24 +53,28 @@ def check_ranks(name: str, directory: Path) -> None:
 
 def check_config(name: str, directory: Path, *, max_rank: int) -> int:
     """Validates an adapter's configuration; returns its largest rank. Raises `StillhouseError` (ADAPTER_INVALID)."""
+    from peft import LoraConfig
+
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
     try:
-        config = json.loads((directory / CONFIG).read_bytes())
+        config = check_lora_config(json.loads((directory / CONFIG).read_bytes()), known)
+    except AdapterConfigError as error:
+        raise adapter_invalid(name, f"its {error}") from error
     except (OSError, ValueError) as error:
         raise adapter_invalid(name, f"its {CONFIG} cannot be read ({first_line(error)})") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else "no object"
-        raise adapter_invalid(name, f"its peft_type is {kind!r}, and only LORA is served")
-    _require_served(name, config)
-    patterns = config.get("rank_pattern") or {}
-    ranks: list[Any] = [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else [patterns])]
-    for rank in ranks:
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise adapter_invalid(name, f"its rank r is {rank!r}, which is not a positive integer")
-        if rank > max_rank:
-            raise adapter_invalid(
-                name, f"its rank is {rank}, and this teacher takes at most --max-lora-rank {max_rank}"
-            )
-    return int(max(ranks))
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(CHANGING_INITS):
+        raise adapter_invalid(
+            name,
+            f"its init_lora_weights is {init!r}: it was trained on a changed base. Convert it with peft's "
+            "path_initial_model_for_weight_conversion; or set init_lora_weights to true, if --model is that changed base",
+        )
+    rank = int(max(config.get("r", 8), *(config.get("rank_pattern") or {}).values(), 1))
+    if rank > max_rank:
+        raise adapter_invalid(
+            name, f"its rank is {rank}, and this teacher takes at most --max-lora-rank {max_rank}"
+        )
+    return rank
 
 
 def check_matrices_only(name: str, directory: Path) -> None:
@@ -80,21 +88,6 @@ def check_matrices_only(name: str, directory: Path) -> None:
                 f"its {field} is {value!r}, which the vllm engine does not apply. Serve it with --engine hf, merge it with "
                 f"`stillhouse-teacher merge-adapter`, or train it without {field}",
             )
-
-
-def _require_served(name: str, config: dict[str, Any]) -> None:
-    for field in _UNSERVED:
-        if config.get(field):
-            raise adapter_invalid(
-                name, f"its {field} is {config[field]!r}, which no engine serves; train it without {field}"
-            )
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_CHANGING_INITS):
-        raise adapter_invalid(
-            name,
-            f"its init_lora_weights is {init!r}: it was trained on a changed base. Convert it with peft's "
-            "path_initial_model_for_weight_conversion; or set init_lora_weights to true, if --model is that changed base",
-        )
 
 
 def require_slot(loaded: Collection[str], max_adapters: int) -> None:

@@ -335,7 +335,8 @@ def eos_token_ids(directory: Path) -> tuple[int, ...]:
     found: dict[int, None] = {}
     for load in (GenerationConfig.from_pretrained, AutoConfig.from_pretrained):
         try:
-            value = getattr(load(directory, local_files_only=True), "eos_token_id", None)
+            settings = load(directory, local_files_only=True, trust_remote_code=False)
+            value = getattr(settings, "eos_token_id", None)
         except Exception:  # noqa: S112 - both are optional, and loaders raise anything; the tokenizer names its own
             continue
         for token in value if isinstance(value, list | tuple) else [value]:

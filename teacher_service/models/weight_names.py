@@ -15,6 +15,7 @@ import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.files.weight_names import listed, wrapper_patterns
+from stillhouse.protos.files.weight_types import unscaled_weights
 from stillhouse.teacher_service.models.files import is_quantised
 from stillhouse.teacher_service.models.fingerprint import weight_files
 
@@ -64,7 +65,7 @@ def check_weight_names(directory: Path, model: str, *, whole: bool = False) -> W
             "Give the base alone as --model, and the adapter as --adapter NAME=PATH",
         )
     files = _files(directory, model)
-    shapes = _shapes(files, model)
+    shapes = _tensor_shapes(directory, files, model)
     empty = _empty_model(directory, whole=whole)
     if empty is None:
         _log.warning("weights not checked by name", model=model, reason="transformers does not know its type")
@@ -105,16 +106,23 @@ def _files(directory: Path, model: str) -> tuple[Path, ...]:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _refused(model, f"has an unreadable {_INDEX} ({first_line(error)})", "Save it again") from error
-    absent = [name for name in names if not (directory / str(name)).is_file()]
+    outside = [str(name) for name in names if Path(str(name)).name != name]
+    if outside:
+        raise _refused(
+            model, f"has a {_INDEX} that names {listed(outside)}, outside of the directory", "Fetch it again"
+        )
+    absent = [name for name in names if not (directory / name).is_file()]
     if absent:
         raise _refused(model, f"lacks {listed(absent)}, which its {_INDEX} names", "Fetch it again")
     return tuple(directory / name for name in names)
 
 
-def _shapes(files: Iterable[Path], model: str) -> dict[str, tuple[int, ...]]:
+def _tensor_shapes(directory: Path, files: Iterable[Path], model: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in the files. Refuses weights that are stored as codes which nothing explains."""
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
+    types: dict[str, tuple[str, int]] = {}
     for path in files:
         if path.suffix != ".safetensors":
             import torch
@@ -125,11 +133,17 @@ def _shapes(files: Iterable[Path], model: str) -> dict[str, tuple[int, ...]]:
         try:
             with safe_open(path, framework="pt") as weights:
                 for key in weights.keys():  # noqa: SIM118 - it is no mapping
-                    shapes[key] = tuple(weights.get_slice(key).get_shape())
+                    view = weights.get_slice(key)
+                    shapes[key] = tuple(view.get_shape())
+                    types[key] = str(view.get_dtype()), len(shapes[key])
         except (OSError, SafetensorError) as error:
             raise _refused(
                 model, f"has an unreadable {path.name} ({first_line(error)})", "Fetch it again"
             ) from error
+    if problem := unscaled_weights(directory, types):
+        raise _refused(
+            model, problem, "Give the checkpoint with its quantization_config, or one in bfloat16 or float32"
+        )
     return shapes
 
 

@@ -14,6 +14,7 @@ from stillhouse.protos.errors import (
     FieldViolation,
     Reason,
     StillhouseError,
+    first_line,
     from_json,
     from_status,
     to_json,
@@ -146,3 +147,11 @@ def test_unreadable_details_are_skipped() -> None:
 def test_json_that_is_no_status_is_a_value_error(plain: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="not an error record"):
         from_json(plain)
+
+
+def test_a_foreign_headline_is_told_with_the_line_that_says_what_is_wrong() -> None:
+    assert first_line(ValueError("\nValidation error for field 'x':\n    expected bool\nmore")) == (
+        "Validation error for field 'x': expected bool"
+    )
+    assert first_line(ValueError("a\nb")) == "a"
+    assert first_line(AssertionError()) == "AssertionError"

@@ -9,6 +9,7 @@ from typing import Any
 
 from stillhouse.client.datasets.filters.row import Drop, FilterRow
 from stillhouse.protos.rows.field_error import FieldError, kind_of
+from stillhouse.protos.rows.finish_reason import is_cut_short
 
 REPEATED_WORDS = 4
 """Length of the runs of words that count as repeated."""
@@ -34,8 +35,8 @@ class Length:
 
 def truncated(row: FilterRow) -> Drop | None:
     """Drops completions that ended because they were too long."""
-    is_cut = row.values.get("finish_reason") == "length"
-    return Drop(filter="truncated", why="finish_reason length") if is_cut else None
+    reason = row.values.get("finish_reason")
+    return Drop(filter="truncated", why=f"finish_reason {reason}") if is_cut_short(reason) else None
 
 
 def not_parsed(row: FilterRow) -> Drop | None:

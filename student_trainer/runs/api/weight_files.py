@@ -49,7 +49,7 @@ def tensor_names(directory: Path) -> list[str]:
         )
     try:
         places: Mapping[str, str] = dict(json.loads((directory / INDEX).read_bytes())["weight_map"])
-        outside = [name for name in places.values() if Path(name).name != name]
+        outside = {name for name in places.values() if Path(name).name != name}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightFilesError(f"has an unreadable {INDEX} ({first_line(error)}). Fetch it again.") from error
     if outside:

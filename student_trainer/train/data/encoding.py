@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rows.conversation import parse_options, parse_tools
+from stillhouse.protos.rows.finish_reason import is_cut_short
 from stillhouse.protos.rows.known_fields import ExtraFields
 from stillhouse.protos.rows.training_row import TrainingRow
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
@@ -27,18 +28,6 @@ from stillhouse.student_trainer.train.data.chat.template import ChatTemplate
 from stillhouse.student_trainer.train.data.readers import DatasetRow
 from stillhouse.student_trainer.train.data.teacher_prompt import TeacherPrompt, prompt_of
 from stillhouse.student_trainer.train.data.text_encoder import TextEncoder, TextRequest
-
-CUT_SHORT = (
-    "length",
-    "max_tokens",
-    "model_length",
-    "content_filter",
-    "abort",
-    "cancelled",
-    "error",
-    "timeout",
-)
-"""Values of a row's finish_reason with which a text has no end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -273,7 +262,7 @@ class RowEncoder:
             raise refused
 
     def _draft(self, row: DatasetRow) -> _Draft:
-        content, is_cut = self._parse(row), _is_cut(row)
+        content, is_cut = self._parse(row), is_cut_short(row.values.get("finish_reason"))
         if content.turns is not None:
             conversation = self._chat.template.conversation(row, content.turns)
             text, spans = self._chat.render(conversation, is_cut=is_cut)
@@ -284,10 +273,10 @@ class RowEncoder:
 
     def _draft_plain(self, row: DatasetRow, prompt: str, text: str, *, ends: bool) -> _Draft:
         """Drafts the prompt as at inference and `text` as its continuation; with `ends` its end token follows."""
-        begin, whole = len(prompt), prompt + text
         end_id = None
-        # Text that closes its turn itself has its end.
+        # Text that closes its turn itself has its end; white space behind it is written by a template, not by a model.
         mark = self._marks.at_end(text.rstrip())
+        begin, whole = len(prompt), prompt + (text.rstrip() if mark else text)
         if mark:
             self._end_ids.add(self._marks.token_id(mark))
         elif ends and self._eos is not None and self._marks.holds(self._eos):
@@ -295,8 +284,3 @@ class RowEncoder:
             self._end_ids.add(end_id)
         spans = [(begin, len(whole))] if prompt else None
         return _Draft(row, TextRequest(whole, True, [begin]), spans, end_id)
-
-
-def _is_cut(row: DatasetRow) -> bool:
-    """Returns True if the row's text was truncated when it was generated: its last token is no end."""
-    return row.values.get("finish_reason") in CUT_SHORT

@@ -162,7 +162,7 @@ def model_not_found(config: StudentConfig, source: str, problem: str) -> Stillho
     where = f"{config.model} ({source})" if source != config.model else source
     return StillhouseError(
         Reason.MODEL_NOT_FOUND,
-        f"student.model {where} {problem}. Give a directory in Hugging Face layout with safetensors on the trainer's host, "
-        "or the id of a model that this host can download.",
+        f"student.model {where} {problem}. Correct that, or give another model: a directory in Hugging Face layout with "
+        "safetensors on the trainer's host, or the id of a model that this host can download.",
         resource=config.model,
     )

@@ -9,6 +9,11 @@ import structlog
 import torch
 
 from stillhouse.protos.files.weight_names import listed, wrapper_patterns
+from stillhouse.student_trainer.train.student.checkpoint_files import (
+    codes_without_scales,
+    lost_biases,
+    weight_files,
+)
 
 log = structlog.get_logger()
 
@@ -29,7 +34,13 @@ def load_pretrained(source: str, **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True, **options}
+    options = {
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are refused by name
+        **options,
+    }
     model, found = AutoModelForCausalLM.from_pretrained(source, **options)
     missing, unexpected = set(found["missing_keys"]), set(found["unexpected_keys"])
     tied = getattr(model, "all_tied_weights_keys", {}).keys()
@@ -45,6 +56,8 @@ def load_pretrained(source: str, **options: Any) -> Any:
         ]
         missing, unexpected = set(found["missing_keys"]), set(found["unexpected_keys"])
         log.warning("names of weights repaired", model=source, removed=" and ".join(renamed))
+    if found["mismatched_keys"]:
+        raise UnfitModelError(_mismatch_sentence(found["mismatched_keys"]))
     if missing:
         raise UnfitModelError(_missing_sentence(model, missing, unexpected))
     unmerged = [name for name in unexpected if ".lora_" in name]
@@ -52,6 +65,15 @@ def load_pretrained(source: str, **options: Any) -> Any:
         raise UnfitModelError(
             f"holds an adapter that is not merged ({listed(unmerged)}), which would be left out; merge it"
         )
+    files = weight_files(source, options.get("revision"))
+    if problem := codes_without_scales(files):
+        raise UnfitModelError(problem)
+    if lost := lost_biases(model, unexpected, files):
+        raise UnfitModelError(
+            f"has {listed(lost)} in its files, and its configuration makes a model without; set what makes the bias in "
+            "config.json, such as attention_bias or mlp_bias"
+        )
+    _keep_untied(model, source)
     if unexpected:
         log.warning(
             "the model's files hold weights that it does not use",
@@ -75,6 +97,32 @@ def check_causal(model: Any) -> None:
             "computes its logits from later tokens too, as an encoder such as BERT does, so it cannot be trained or "
             "sampled as a language model"
         )
+
+
+def _keep_untied(model: Any, source: str) -> None:
+    """Corrects the configuration of a model whose files untie ends that it ties: transformers computes with the files, and
+    engines that read the export go by the configuration."""
+    output, own = model.get_output_embeddings(), model.get_input_embeddings()
+    settings = [each for each in (model.config, model.config.get_text_config()) if each.tie_word_embeddings]
+    if (
+        not settings
+        or output is None
+        or output.weight is own.weight
+        or torch.equal(output.weight, own.weight)
+    ):
+        return
+    for each in settings:
+        each.tie_word_embeddings = False
+    log.warning(
+        "the output layer has values of its own, though tie_word_embeddings is true: it is trained and exported untied",
+        model=source,
+    )
+
+
+def _mismatch_sentence(mismatched: Collection[tuple[str, Any, Any]]) -> str:
+    name, held, wanted = min(mismatched, key=lambda each: each[0])
+    more = f", and {len(mismatched) - 1} more do not fit" if len(mismatched) > 1 else ""
+    return f"holds {name} as {list(held)}, and its configuration makes it {list(wanted)}{more}"
 
 
 def _missing_sentence(model: Any, missing: Collection[str], unexpected: Collection[str]) -> str:

@@ -119,14 +119,16 @@ def try_saving(model: Any, tokenizer: Any, directory: Path) -> None:
         unchanged_names(model)
     with _savable_settings(plain):
         plain.config.save_pretrained(directory)
-    AutoConfig.from_pretrained(directory)
+    AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if plain.can_generate():
         plain.generation_config.to_json_file(
             directory / GENERATION_CONFIG, use_diff=True, keys_to_pop=["compile_config"]
         )
         GenerationConfig.from_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    if _fingerprint(AutoTokenizer.from_pretrained(directory)) != _fingerprint(tokenizer):
+    if _fingerprint(AutoTokenizer.from_pretrained(directory, trust_remote_code=False)) != _fingerprint(
+        tokenizer
+    ):
         raise ValueError("its tokenizer becomes another one by being saved")
 
 

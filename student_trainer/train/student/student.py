@@ -39,6 +39,11 @@ def load_tokenizer(config: StudentConfig, data_dir: Path, *, chat_template: str 
     source = model_source(config, data_dir)
 
     def refused(error: BaseException) -> StillhouseError:
+        unread = _unread_configuration(config, source)
+        if unread is not None:  # tokenizers read it too
+            return model_not_found(
+                config, source, f"has a config.json that cannot be read ({first_line(unread)})"
+            )
         return model_not_found(config, source, f"has no tokenizer that can be read ({first_line(error)})")
 
     with reported_as(refused):
@@ -56,6 +61,17 @@ def load_tokenizer(config: StudentConfig, data_dir: Path, *, chat_template: str 
     return tokenizer
 
 
+def _unread_configuration(config: StudentConfig, source: str) -> BaseException | None:
+    """Returns the error of reading the model's configuration, if there is one."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(source, revision=config.revision or None, trust_remote_code=False)
+    except Exception as error:  # of any type: they are those of classes of configurations
+        return error
+    return None
+
+
 def configured_end_ids(config: StudentConfig, tokenizer: Any, data_dir: Path) -> list[int]:
     """Reads the tokens that end a text of the student before training: the tokenizer's, and those of its generation settings."""
     from transformers import AutoConfig, GenerationConfig
@@ -64,7 +80,8 @@ def configured_end_ids(config: StudentConfig, tokenizer: Any, data_dir: Path) ->
     found = [tokenizer.eos_token_id]
     for load in (GenerationConfig.from_pretrained, AutoConfig.from_pretrained):
         try:
-            named = getattr(load(source, revision=config.revision or None), "eos_token_id", None)
+            settings = load(source, revision=config.revision or None, trust_remote_code=False)
+            named = getattr(settings, "eos_token_id", None)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # none, or broken ones, which loading the model reports; the configuration has ends too
         found += named if isinstance(named, list | tuple) else [named]
@@ -169,10 +186,16 @@ class Student:
 
     def add_end_ids(self, token_ids: Iterable[int]) -> None:
         """Lets these tokens end a text too, in rollouts and in the generation settings that are exported."""
-        known, settings = self.end_ids, self.plain.generation_config
+        settings = self.plain.generation_config
+        if settings is None:
+            return
+        named = settings.eos_token_id
+        # The tokenizer's end token may not be among them: an engine that serves the export reads these alone.
+        known = [each for each in (named if isinstance(named, list | tuple) else [named]) if each is not None]
         added = [each for each in token_ids if each not in known]
-        if added and settings is not None:
-            settings.eos_token_id = [*known, *added]
+        if added:
+            ids = [*known, *added]
+            settings.eos_token_id = ids if len(ids) > 1 else ids[0]
             names = self.tokenizer.convert_ids_to_tokens(added)
             log.info("tokens that end turns in the data end the student's texts too", tokens=names)
             if self.config.trains_adapter and self.config.output == "adapter":

@@ -3,6 +3,7 @@ before it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.files.weight_names import listed
 from stillhouse.teacher_service.models.finite_weights import non_finite_logits
 from stillhouse.teacher_service.models.weight_names import check_weight_names
 
@@ -29,9 +31,16 @@ def load_causal_lm(directory: Path, model: str, **options: Any) -> Any:
 
     names = check_weight_names(directory, model)
     if not names.renamed:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            str(directory), trust_remote_code=False, use_safetensors=True, **options
+        loaded, found = transformers.AutoModelForCausalLM.from_pretrained(
+            str(directory),
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by name
+            **options,
         )
+        _require_whole(model, found)
+        return loaded
     config = transformers.AutoConfig.from_pretrained(
         directory, trust_remote_code=False, local_files_only=True
     )
@@ -40,6 +49,25 @@ def load_causal_lm(directory: Path, model: str, **options: Any) -> Any:
     if options.get("dtype") == "auto":
         options["dtype"] = config.dtype or next(iter(weights.values())).dtype
     return cls.from_pretrained(None, config=config, state_dict=weights, **options)
+
+
+def _require_whole(model: str, found: Mapping[str, Any]) -> None:
+    """Raises `StillhouseError` (MODEL_NOT_FOUND) for tensors of other shapes, and for lost ones, such as scales of quantised
+    weights, that the names alone do not tell."""
+    mismatched = sorted(found["mismatched_keys"])
+    if mismatched:
+        name, held, wanted = mismatched[0]
+        more = f", and {len(mismatched) - 1} more do not fit" if len(mismatched) > 1 else ""
+        raise StillhouseError(
+            Reason.MODEL_NOT_FOUND,
+            f"{model} holds {name} as {list(held)}, and its config.json makes it {list(wanted)}{more}. Give the configuration "
+            "that belongs to the weights.",
+        )
+    if found["missing_keys"]:
+        raise StillhouseError(
+            Reason.MODEL_NOT_FOUND,
+            f"{model} lacks {listed(found['missing_keys'])} in its files, which would be random numbers. Save or fetch it again.",
+        )
 
 
 def require_causal(model: Any, name: str) -> None:

@@ -55,7 +55,9 @@ def replaced_weights(
             value = _with_rows(name, key, base, _token_indices(config, place, module is embedding), given)
         if value.shape != base.shape:
             raise adapter_invalid(
-                name, f"its weight {key} is {list(value.shape)}, and that of this model is {list(base.shape)}"
+                name,
+                f"its weight {key} is {list(value.shape)}, and that of this model is {list(base.shape)}; serve the base that "
+                "it was trained on, such as one whose embeddings were resized for new tokens",
             )
         own = nn.Parameter(value.to(device=base.device, dtype=base.dtype), requires_grad=False)
         found[place, parameter] = ReplacedWeight(module, parameter, base, own)

@@ -109,7 +109,8 @@ def _start(
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    text_config = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
+    settings = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    text_config = settings.get_text_config()
     on_cpu = bool(current_platform.is_cpu())
     if on_cpu:
         set_cpu_environment(config)

@@ -54,7 +54,7 @@ def test_truncated_unparsed_and_unlikely_completions_are_dropped(tmp_path: Path)
         }
         for end, ok, mean in (
             ("stop", True, -1.0),
-            ("length", True, -1.0),
+            ("MAX_TOKENS", True, -1.0),
             ("stop", False, -1.0),
             ("stop", True, -2.5),
         )
@@ -62,7 +62,7 @@ def test_truncated_unparsed_and_unlikely_completions_are_dropped(tmp_path: Path)
     kept, dropped = filtered(tmp_path, rows, "--no-truncated", "--parse-ok", "--min-mean-logprob", -2)
     assert kept == [0]
     assert dropped == [
-        (1, "truncated", "finish_reason length"),
+        (1, "truncated", "finish_reason MAX_TOKENS"),
         (2, "parse_ok", "r"),
         (3, "mean_logprob", "-2.500, at least -2"),
     ]

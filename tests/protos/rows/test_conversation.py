@@ -205,7 +205,11 @@ def test_options_of_a_template_are_given_to_one_that_reads_them() -> None:
         ({"role": "user", "content": "a\ud800"}, "messages[0].content has \\ud800 without its other half"),
         (
             {"role": "user", "content": [{"type": "image_url"}]},
-            'messages[0].content[0] is of type "image_url"; only text',
+            'messages[0].content[0] is of type "image_url"; only parts of type "text" are supported.',
+        ),
+        (
+            {"role": "user", "content": [{"type": "text", "text": None}]},
+            "messages[0].content[0].text is missing; it must be a string.",
         ),
         (
             {"role": "user", "content": "a", "tool_calls": [call()]},

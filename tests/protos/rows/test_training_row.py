@@ -46,6 +46,7 @@ def test_rows_of_text_stay_text() -> None:
         {"prompt": "a", "completion": "b", "system": None, "tools": [], "temperature": 1.0}
     )
     assert (row.kind, row.turns, row.prompt, row.completion) == ("completion", None, "a", "b")
+    assert parse_training_row({"text": "to", "prompt": "t", "completion": None}).text == "to"
     assert parse_training_row({"text": "t", "id": 1, "tools": "[]", "chat_template_kwargs": "{}"}).text == "t"
 
 
@@ -63,6 +64,12 @@ def test_rows_of_text_stay_text() -> None:
         ({"messages": [SYSTEM, ASK, ANSWER], "system": "other"}, "system differs from the system message"),
         ({"prompt": "a", "completion": ""}, "completion is empty, so there is nothing to learn."),
         ({"messages": [ASK, {**ANSWER, "content": ""}]}, "messages[1].content is empty, so there is"),
+        ({"text": "t", "prompt": "a"}, "prompt is given beside text and is no part of it"),
+        ({"text": "t", "completion": ["t"]}, "completion is given beside text and is no part of it"),
+        (
+            {"messages": [ASK, {**ANSWER, "role": "model"}]},
+            'messages has no turn with role "assistant", so there is nothing to train on; its roles are "model", "user".',
+        ),
         ({"messages": [ASK]}, 'messages has no turn with role "assistant"'),
         ({"prompt": [ASK, ANSWER], "completion": [ASK]}, 'messages has no turn with role "assistant"'),
         ({"prompt": ["a"], "completion": "b"}, 'prompt[0] is the string "a"; it must be an object.'),

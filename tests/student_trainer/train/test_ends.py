@@ -56,6 +56,19 @@ def test_a_turns_end_is_exported_and_told(
     assert END not in told[0]
 
 
+@pytest.mark.parametrize("named", [[], None, 5, [5, 6]])
+def test_the_end_that_data_teach_is_exported_though_the_settings_name_others(
+    models: Models, tmp_path: Path, named: Any
+) -> None:
+    student = load_student(StudentConfig(model=str(models.student)), tmp_path)
+    end = student.tokenizer.eos_token_id
+    student.plain.generation_config.eos_token_id = named
+    student.add_end_ids([end])
+    ids = student.plain.generation_config.eos_token_id
+    others = named if isinstance(named, list) else [named] if named else []
+    assert (ids if isinstance(ids, list) else [ids]) == [*others, end]
+
+
 def test_the_same_ends_are_not_told(
     models: Models,
     conversations: Path,

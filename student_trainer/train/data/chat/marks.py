@@ -22,6 +22,7 @@ class SpecialMarks:
         }
         added = tokenizer.added_tokens_decoder
         self._ids |= {str(token): number for number, token in added.items() if token.special}
+        self._whole = (*self._ids, *map(str, added))
         # These begin texts or stand for nothing; they end none, unless the tokenizer ends texts with the same token.
         roles = (getattr(tokenizer, f"{role}_token", None) for role in ("bos", "unk", "cls", "mask"))
         never = {"", *(str(role) for role in roles if role)} - {str(tokenizer.eos_token)}
@@ -57,11 +58,10 @@ class SpecialMarks:
         return token_id in self._known
 
     def border_before(self, text: str, at: int) -> int:
-        """Returns `at`, or the beginning of the mark that it would cut."""
-        for begin in range(max(0, at - self._lengths[0] + 1) if self._lengths else at, at):
-            if any(
-                at < begin + n <= len(text) and text[begin : begin + n] in self._ids for n in self._lengths
-            ):
+        """Returns `at`, or the beginning of the token with a text of its own that it would cut, which may be no mark."""
+        longest = max(map(len, self._whole), default=1)
+        for begin in range(max(0, at - longest + 1), at):
+            if any(text.startswith(each, begin) and at < begin + len(each) for each in self._whole):
                 return begin
         return at
 

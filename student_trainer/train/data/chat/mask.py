@@ -195,6 +195,8 @@ class ChatMasker:
         history = earlier.text.removesuffix(self._ends_of(conversation).tail) if earlier else None
         prompt = self._try(conversation.first(index), generation_prompt=True)
         before = prompt.text if prompt else None
+        if earlier is not None and before == earlier.text:
+            before = history  # the template has no generation prompt
         if before is not None and text.startswith(before) and len(before) <= until:
             if before != history or not text[len(before) : until].strip():
                 return len(before)
@@ -203,9 +205,11 @@ class ChatMasker:
             is_name = begin is not None and text[len(before) : begin].strip()
             return begin if is_name else len(before)
         begins = [self._content_begin(conversation, index, text)]
-        if before is not None and history is not None and text.startswith(history):
-            # The prompt begins as the turn does, and goes on in another way, such as with an empty thought.
-            begins.append(self._marks.border_before(text, min(common_length(before, text), until)))
+        common = 0 if before is None else min(common_length(before, text), until)
+        if history is not None and text.startswith(history) and common >= len(history):
+            # The prompt begins as the turn does, and goes on in another way, such as with an empty thought. One that is no
+            # continuation of the turns before tells nothing.
+            begins.append(self._marks.border_before(text, common))
         self.notes["unprompted_turns"] += 1
         self._check_order(conversation.first(index + 1))
         return min((begin for begin in begins if begin is not None), default=None)

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any, NamedTuple
 
-from stillhouse.protos.errors import StillhouseError
+from jinja2 import TemplateSyntaxError
+
+from stillhouse.protos.errors import StillhouseError, first_line
 from stillhouse.protos.rows.chat_template import ContentForm, select_template
 from stillhouse.protos.rows.conversation import Turns
 from stillhouse.protos.rows.field_error import FieldError
@@ -21,6 +23,8 @@ from stillhouse.protos.tokenizers.bounded_rendering import (
 from stillhouse.protos.tokenizers.bounded_templates import bound_library
 from stillhouse.student_trainer.train.data.readers import DatasetRow
 
+_NO_LOADER = "no loader"
+"""Part of Jinja's error for a template that includes another file."""
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -156,4 +160,15 @@ class ChatTemplate:
 
 def _refused(row: DatasetRow, error: Exception) -> StillhouseError:
     """Returns the error of a template, which is Jinja code of the model's author and may raise anything about roles."""
-    return row.invalid("messages", f"is refused by the student's chat template: {error}")
+    problem = first_line(error).rstrip(".")
+    if isinstance(error, TemplateSyntaxError) or _NO_LOADER in problem:
+        return row.invalid(
+            "messages",
+            f"cannot be rendered, since the student's chat template is broken ({problem}). Give another one in "
+            "data.chat_template.",
+        )
+    return row.invalid(
+        "messages",
+        f"is refused by the student's chat template: {problem}. Change the row, or give a template that takes it in "
+        "data.chat_template.",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from stillhouse.student_trainer.train.student.pretrained import (
     check_causal,
     load_pretrained,
 )
+from stillhouse.student_trainer.train.student.saving import save_model
 from tests.student_trainer.train.student.tiny_architectures import tiny_model
 
 Change = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
@@ -97,3 +99,46 @@ def test_a_pure_prefix_is_taken_off(tmp_path: Path, pattern: str, by: str) -> No
     model.save_pretrained(tmp_path / "plain")
     names = [set(load_file(tmp_path / each / "model.safetensors")) for each in ("again", "plain")]
     assert names[0] == names[1]
+
+
+def test_a_tensor_of_another_shape_is_named_with_both(tmp_path: Path) -> None:
+    _saved(
+        tmp_path,
+        lambda weights: {name: each[:90] if "embed" in name else each for name, each in weights.items()},
+    )
+    with pytest.raises(
+        UnfitModelError, match=r"embed_tokens.weight as \[90, 32\], and its config.* it \[99, 32\]"
+    ):
+        load_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_that_stand_for_others_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    _saved(tmp_path, lambda weights: {**weights, LOST: weights[LOST].to(dtype)})
+    with pytest.raises(UnfitModelError, match=rf"{LOST}.* no quantization_config"):
+        load_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_a_bias_that_the_configuration_leaves_out_is_refused_unless_it_is_zero(
+    tmp_path: Path, value: float
+) -> None:
+    bias = "model.layers.1.self_attn.o_proj.bias"
+    _saved(tmp_path, lambda weights: {**weights, bias: torch.full((32,), value)}, "llama")
+    if not value:
+        load_pretrained(str(tmp_path))
+        return
+    with pytest.raises(UnfitModelError, match=f"has {bias} in its files.*attention_bias"):
+        load_pretrained(str(tmp_path))
+
+
+def test_an_output_layer_of_its_own_is_exported_untied(tmp_path: Path) -> None:
+    own = torch.randn(99, 32, generator=torch.Generator().manual_seed(1))
+    given = tmp_path / "given"
+    _saved(given, lambda weights: {**weights, "lm_head.weight": own}, tie_word_embeddings=True)
+    model = load_pretrained(str(given))
+    assert torch.equal(model.get_output_embeddings().weight, own)
+    save_model(model, tmp_path / "saved")
+    # Engines that go by the configuration compute with the same output layer.
+    assert not json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"]
+    assert torch.equal(load_file(tmp_path / "saved" / "model.safetensors")["lm_head.weight"], own)

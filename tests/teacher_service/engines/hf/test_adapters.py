@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.teacher_service.engines.hf.adapters import LoraSlots
+from stillhouse.teacher_service.models.adapter_files import check_ranks
 from tests.conftest import Models
 from tests.support.small_models import TINY_SIZES
 
@@ -72,7 +73,14 @@ sys.exit("peft" in sys.modules)
 REFUSED: dict[str, dict[str, Any]] = {
     "PiSSA": {"init_lora_weights": "pissa"},
     "OLoRA": {"init_lora_weights": "olora"},
+    "LoRA-GA": {"init_lora_weights": "lora_ga"},
     "repeated layers": {"layer_replication": [[0, 2], [1, 2]]},
+    "a field of another version": {"use_later_lora": True},
+    "text for a switch": {"use_rslora": "false"},
+    "text for a number": {"lora_alpha": "8"},
+    "no number": {"lora_alpha": float("nan")},
+    "no number in a pattern": {"alpha_pattern": {"q_proj": "4"}},
+    "an unknown bias": {"bias": "some"},
     "invocation tokens": {"alora_invocation_tokens": [5, 6]},
 }
 
@@ -270,6 +278,23 @@ def test_a_file_that_lacks_weights_or_has_others_is_refused_by_name(
     watched.check()
     watched.slots.load("later", made("untied", LLAMA))
     watched.check()
+
+
+def test_weights_that_stand_for_others_are_refused_by_type(
+    made: Callable[[str, dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(made("qwen2", LLAMA), adapter)
+    check_ranks("it", adapter)
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    for dtype, named in ((torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")):
+        save_file({key: each.to(dtype) for key, each in weights.items()}, path)
+        with pytest.raises(StillhouseError, match=f"lora_A.weight is of type {named}; save it in float32"):
+            check_ranks("it", adapter)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(StillhouseError, match=r"of 70 bytes, cannot be read .*; fetch or save it again"):
+        check_ranks("it", adapter)
 
 
 @pytest.mark.model

@@ -18,6 +18,7 @@ from structlog.testing import capture_logs
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engines.hf.model import HfModel
+from stillhouse.teacher_service.models.tokenizer import eos_token_ids
 from stillhouse.teacher_service.models.weight_names import check_weight_names
 from tests.support.small_models import TINY_SIZES
 
@@ -114,6 +115,59 @@ def test_a_bias_that_the_configuration_leaves_out_is_named(tmp_path: Path) -> No
     change(directory, lambda weights: {key: each + 0.1 for key, each in weights.items()})
     with pytest.raises(StillhouseError, match=r"q_proj\.bias.*attention_bias"):
         load(directory)
+
+
+def test_a_tensor_of_another_shape_is_named_with_both(qwen: Path) -> None:
+    key = f"{LAYER}o_proj.weight"
+    change(qwen, lambda weights: {**weights, key: weights[key][:9]})
+    with pytest.raises(
+        StillhouseError, match=rf"{key} as \[9, 32\], and its config.json makes it \[32, 32\]"
+    ):
+        load(qwen)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_that_stand_for_others_are_refused(qwen: Path, dtype: torch.dtype) -> None:
+    key = f"{LAYER}o_proj.weight"
+    change(qwen, lambda weights: {**weights, key: weights[key].to(dtype)})
+    with pytest.raises(StillhouseError, match=rf"{key}.* no quantization_config"):
+        load(qwen)
+
+
+def test_scales_that_a_quantised_checkpoint_lacks_are_named(qwen: Path) -> None:
+    config = json.loads((qwen / "config.json").read_text())
+    packed = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int"}}},
+    }
+    (qwen / "config.json").write_text(json.dumps({**config, "quantization_config": packed}))
+    with pytest.raises(StillhouseError, match=r"weight_scale.* in its files, which would be random numbers"):
+        load(qwen)
+
+
+def test_an_index_names_files_of_the_directory_alone(qwen: Path) -> None:
+    names = list(load_file(qwen / "model.safetensors"))
+    (qwen / "model.safetensors").rename(qwen.parent / "other.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../other.safetensors")}
+    (qwen / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(StillhouseError, match=r"names \.\./other.safetensors, outside of the directory"):
+        load(qwen)
+
+
+def test_code_of_a_model_is_not_offered_to_the_operator(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def answer(question: str) -> str:
+        asked.append(question)
+        return "n"
+
+    code = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Own"}}
+    (qwen / "config.json").write_text(json.dumps({**code, "eos_token_id": 3}))
+    (qwen / "configuration_own.py").write_text("raise SystemExit\n")
+    monkeypatch.setattr("builtins.input", answer)
+    eos_token_ids(qwen)
+    assert not asked
 
 
 def test_an_embedded_adapter_is_refused(qwen: Path) -> None:

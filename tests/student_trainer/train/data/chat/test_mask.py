@@ -124,6 +124,24 @@ def _ends(encoder: RowEncoder) -> list[str]:
         ),
         pytest.param(OPENS_THOUGHT, ["Yes.</s>", "I am.</s>"], ["</s>"], id="prompts with a thought"),
         pytest.param(
+            "{% if add_generation_prompt %}Go on: {% endif %}" + CHATML + PROMPT,
+            ["Yes.<|im_end|>", "I am.<|im_end|>"],
+            ["<|im_end|>"],
+            id="a prompt that is no continuation",
+        ),
+        pytest.param(
+            "{% for m in messages %}" + CHATML_TURN + "{% endfor %}{{ eos_token }}",
+            ["Yes.<|im_end|>", "I am.<|im_end|>"],
+            ["<|im_end|>"],
+            id="an end of all and no prompt",
+        ),
+        pytest.param(
+            "{% for m in messages %}{{ bos_token }}" + CHATML_TURN + "{% endfor %}" + PROMPT,
+            ["<s><|im_start|>assistant\nYes.<|im_end|>", "<s><|im_start|>assistant\nI am.<|im_end|>"],
+            ["<|im_end|>"],
+            id="a beginning that the prompt lacks",
+        ),
+        pytest.param(
             "{{ messages | length }}" + CHATML, ["I am.<|im_end|>"], ["<|im_end|>"], id="counts turns"
         ),
     ],
@@ -194,6 +212,23 @@ def test_a_mask_that_covers_others_is_refused(template: str) -> None:
         _learnt(_encoder(template))
     assert error.value.reason is Reason.DATASET_INVALID
     assert error.value.message.startswith("rows.jsonl, row 3, field messages")
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ("{% for m in messages %}{{ m.content }", "template is broken"),
+        ("{% include 'turns.jinja' %}", r"template is broken .* data.chat_template"),
+        (
+            "{{ raise_exception('No system here.') }}",
+            "refused by .*: No system here. Change the row, or give",
+        ),
+        ("{{ messages[0].sender.name }}", "refused by .*sender"),
+    ],
+)
+def test_a_template_that_fails_is_told_from_one_that_refuses_the_row(template: str, sentence: str) -> None:
+    with pytest.raises(StillhouseError, match=sentence):
+        _learnt(_encoder(template))
 
 
 def test_a_template_that_drops_the_answer_is_refused() -> None:
