@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.distillation.full_vocabulary import full_gradient_loss, has_full_gradient
 from stillhouse.protos.tensors.distributions import (
     Distributions,
     decode_distributions,
@@ -27,12 +28,15 @@ from stillhouse.student_trainer.train.batching.target_forms import TargetForm, t
 from stillhouse.student_trainer.train.loss.fused import OutputLayer, fused_objective
 from stillhouse.student_trainer.train.loss.objective import Positions
 from stillhouse.student_trainer.train.loss.sparse import DenseTargets, SparseTargets
+from stillhouse.student_trainer.train.loss.workspace import Workspace
 from stillhouse.teacher_service.distributions.draws import samples
 from stillhouse.teacher_service.distributions.normalisation import log_partitions, normalised
 from stillhouse.teacher_service.distributions.sorted_rows_numba import pack_block
 from stillhouse.teacher_service.engine import DistributionOptions
 
 ID_BITS, LOGPROB_BITS = 18, 16
+CHUNK_LOGITS = 2**20
+"""Logits of a chunk: it takes narrow models the least time."""
 Kind = Literal[
     "cross_entropy",
     "full",
@@ -96,15 +100,30 @@ def settled(form: Form, loss: LossConfig, vocabulary: int) -> Form:
 
 
 def summed_loss(
-    model: Any, batch: Tensor, targets: DenseTargets | SparseTargets | None, loss: LossConfig
+    model: Any,
+    batch: Tensor,
+    targets: DenseTargets | SparseTargets | None,
+    loss: LossConfig,
+    workspace: Workspace | None = None,
 ) -> Tensor:
-    """Sum over the tokens of a batch."""
+    """Sum over the tokens of a batch; of dense targets, which `targets_of` has put at the loss's temperature, with gradients alone
+    where `full_gradient_loss` knows the loss."""
     if targets is None:
         loss = LossConfig(terms=(LossTermConfig(weight=0.0),), hard_weight=1.0)
+    hidden = model.model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    weight = model.lm_head.weight
+    if isinstance(targets, DenseTargets) and has_full_gradient(loss):
+        return full_gradient_loss(hidden, weight, targets.logprobs[0], loss)
     text = batch[:, 1:].reshape(1, -1)
     positions = Positions(target_ids=text, weights=torch.ones(text.shape), targets=targets)
-    hidden = model.model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-    return fused_objective(hidden, OutputLayer(weight=model.lm_head.weight), positions, loss).loss_sum
+    return fused_objective(
+        hidden,
+        OutputLayer(weight=weight),
+        positions,
+        loss,
+        chunk_logits=CHUNK_LOGITS,
+        workspace=workspace,
+    ).loss_sum
 
 
 def targets_of(
@@ -116,6 +135,8 @@ def targets_of(
 ) -> DenseTargets | SparseTargets:
     """Teacher targets of each next token, [N, V], in the given form, as a service sends them; appends their bytes a token."""
     if form.kind == "full":
+        if loss.temperature != 1 and has_full_gradient(loss):
+            logprobs = (logprobs / loss.temperature).log_softmax(-1)
         return DenseTargets(logprobs=logprobs.unsqueeze(0))
     temperature, vocab_size = loss.temperature, logprobs.shape[1]
     stratified, top = form.kind == "stratified_tail", normalised(logprobs, form.top_k)

@@ -8,6 +8,11 @@ Bytes count ids of 18 bits, as for a vocabulary of 151,936, and float16 log-prob
 what the wire took, with ids of the benchmark's vocabulary. Every student's results are kept in the work folder, so that
 seeds, divergences and temperatures may be run in parts.
 
+The default setting stands for a run as a run file without an optimizer section makes it: 8 rows in a step
+(optimizer.batch_size), here of 128 tokens, under a cosine schedule, and a student that was trained before, here by 150 steps
+of cross-entropy on other rows. 150 steps are few for such a run; more of them, or larger batches, average more of the draws'
+noise. Models are narrow, so that a seed takes minutes of one core; with a vocabulary of 32,000 take half the widths.
+
 A second table, of forward KL at temperature 1 along the full student's training: the cosine of each form's gradient with
 the full one, and the share of positions and steps in which a truncated, unnormalised loss is clamped at 0.
 """
@@ -51,8 +56,10 @@ from benchmarks.distillation.sparse_forms import (
     summed_loss,
     targets_of,
 )
+from stillhouse.student_trainer.config.rules.loss import takes_draw_logprobs
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
 from stillhouse.student_trainer.train.loss.sparse import DenseTargets, SparseTargets
+from stillhouse.student_trainer.train.loss.workspace import Workspace
 
 GRADIENTS_EVERY = 20
 """Steps between two comparisons of gradients."""
@@ -82,20 +89,20 @@ def _form(text: str) -> Form:
     "--gradients/--no-gradients", default=True, help="Compare gradients along the first full student."
 )
 @click.option("--vocabulary", default=4096, show_default=True)
-@click.option("--teacher-steps", default=600, show_default=True)
-@click.option("--steps", default=300, show_default=True, help="Steps of each student.")
+@click.option("--teacher-steps", default=300, show_default=True)
+@click.option("--steps", default=150, show_default=True, help="Steps of each student.")
 @click.option("--seeds", default=5, show_default=True)
 @click.option("--first-seed", default=0, show_default=True)
 @click.option(
     "--warm-steps",
-    default=0,
+    default=150,
     show_default=True,
     help="Steps of cross-entropy that each student has behind it, as a student that was trained before.",
 )
-@click.option("--student-batch", default=4, show_default=True, help="Rows of 128 tokens in a step.")
+@click.option("--student-batch", default=8, show_default=True, help="Rows of 128 tokens in a step.")
 @click.option("--held-out-rows", default=64, show_default=True, help="At most 64.")
-@click.option("--teacher-width", default=256, show_default=True)
-@click.option("--student-width", default=128, show_default=True)
+@click.option("--teacher-width", default=128, show_default=True)
+@click.option("--student-width", default=64, show_default=True)
 def main(
     *,
     text: Path,
@@ -183,19 +190,21 @@ def _students(
     start = _warm_state(setting, seed) if missing else {}
     students = {key: _Student.new(setting, seed, start) for key in missing if key[1] != CROSS_ENTROPY}
     baseline = _Student.new(setting, seed, start) if len(students) < len(missing) else None
+    drawn = _SharedTargets(1000 + seed)
     for batch, logprobs in batches(setting, seed) if missing else ():
         if baseline is not None:
             baseline.step(batch, None, LossConfig())
         for (name, form), student in students.items():
             loss = chosen[name][0]
-            student.step(batch, targets_of(logprobs, form, student.draws, loss, student.num_bytes), loss)
+            student.step(batch, drawn.of(logprobs, form, loss), loss)
+        drawn.forget()
     for name, form in missing:
         trained = students.get((name, form)) or baseline
         assert trained is not None
         loss = chosen[name][0]
         metrics = dict(held_out_metrics(setting.teacher, trained.model, setting.held_out, loss))
-        if trained.num_bytes:
-            metrics["bytes"] = statistics.mean(trained.num_bytes)
+        if num_bytes := drawn.num_bytes(form, loss):
+            metrics["bytes"] = statistics.mean(num_bytes)
         files[name, form].write_text(json.dumps(metrics))
     return {key: json.loads(file.read_text()) for key, file in files.items()}
 
@@ -205,11 +214,16 @@ def _warm_state(setting: Setting, seed: int) -> Mapping[str, Tensor]:
     steps = setting.sizes["warm_steps"]
     if not steps:
         return {}
-    warm = replace(setting, sizes={**setting.sizes, "steps": steps})
-    student = _Student.new(warm, seed, {})
-    for batch in training_rows(warm, 10_000 + seed):
-        student.step(batch, None, LossConfig())
-    return dict(student.model.state_dict())
+    name = "warm-{student_width}-{student_batch}-{warm_steps}".format(**setting.sizes)
+    path = setting.results.with_name(f"{name}-{seed}.pt")
+    if not path.exists():
+        warm = replace(setting, sizes={**setting.sizes, "steps": steps})
+        student = _Student.new(warm, seed, {})
+        for batch in training_rows(warm, 10_000 + seed):
+            student.step(batch, None, LossConfig())
+        torch.save(dict(student.model.state_dict()), path)
+    weights: Mapping[str, Tensor] = torch.load(path, weights_only=True)
+    return weights
 
 
 def _file_name(loss: LossConfig) -> str:
@@ -223,9 +237,7 @@ class _Student:
     model: Any
     optimizer: Any
     schedule: Any
-    draws: torch.Generator
-    num_bytes: list[float]
-    """Bytes of a token's targets, of each step."""
+    workspace: Workspace
 
     @classmethod
     def new(cls, setting: Setting, seed: int, weights: Mapping[str, Tensor]) -> _Student:
@@ -235,13 +247,43 @@ class _Student:
         if weights:
             model.load_state_dict(weights)
         optimizer, schedule = make_optimizer(model, setting.sizes["steps"])
-        draws = torch.Generator().manual_seed(1000 + seed)
-        return cls(model=model, optimizer=optimizer, schedule=schedule, draws=draws, num_bytes=[])
+        return cls(model=model, optimizer=optimizer, schedule=schedule, workspace=Workspace())
 
     def step(self, batch: Tensor, targets: DenseTargets | SparseTargets | None, loss: LossConfig) -> None:
         """Takes one step."""
-        summed = summed_loss(self.model, batch, targets, loss)
+        summed = summed_loss(self.model, batch, targets, loss, self.workspace)
         take_step(summed / batch[:, 1:].numel(), self.model, self.optimizer, self.schedule)
+
+
+class _SharedTargets:
+    """Targets of a batch, made once for all students that take the same: those of one temperature and form, with the draws'
+    log-probabilities or without. Draws of every such kind begin with the same seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._draws: dict[tuple[Any, ...], torch.Generator] = {}
+        self._num_bytes: dict[tuple[Any, ...], list[float]] = {}
+        self._made: dict[tuple[Any, ...], DenseTargets | SparseTargets] = {}
+
+    def of(self, logprobs: Tensor, form: Form, loss: LossConfig) -> DenseTargets | SparseTargets:
+        """Targets of the batch with these log-probabilities of the teacher."""
+        key = self._key(form, loss)
+        if key not in self._made:
+            draws = self._draws.setdefault(key, torch.Generator().manual_seed(self._seed))
+            num_bytes = self._num_bytes.setdefault(key, [])
+            self._made[key] = targets_of(logprobs, form, draws, loss, num_bytes)
+        return self._made[key]
+
+    def forget(self) -> None:
+        """Ends a batch."""
+        self._made.clear()
+
+    def num_bytes(self, form: Form, loss: LossConfig) -> list[float]:
+        """Bytes of a token's targets, of each step; empty for forms whose bytes are known beforehand."""
+        return self._num_bytes.get(self._key(form, loss), [])
+
+    def _key(self, form: Form, loss: LossConfig) -> tuple[Any, ...]:
+        return form, loss.temperature, takes_draw_logprobs(loss)
 
 
 def _compare_gradients(setting: Setting, console: Console) -> dict[str, Any]:

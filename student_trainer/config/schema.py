@@ -189,8 +189,8 @@ class LossConfig:
         int | None,
         COUNT,
         DefaultText(
-            "where auto takes draws of the teacher as many as fit beside top_k into 272 bytes, or 512 for other divergences than "
-            "forward_kl, and 48 at least; where it takes the student's 64; else 50"
+            "where auto takes draws of the teacher as many as fit beside top_k into 272 bytes, and 48 at least; where it takes "
+            "the student's 64; else 50"
         ),
     ] = None
     foreign_tokenizer: Annotated[str, Choices("refuse", "alm")] = "refuse"

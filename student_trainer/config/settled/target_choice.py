@@ -33,9 +33,8 @@ LEAST_SAMPLES, NAMED_SAMPLES = 48, 50
 DRAW_LOGPROB_BITS = 4
 """Bits of the log-probability of a stratified draw where others are float16. They add noise that is small beside that of
 draws, in place of which there are half as many draws more than with 8."""
-TARGET_BYTES, STEADY_BYTES = 272, 512
-"""Bytes of a token's target, as many as 64 tokens of a vocabulary of 151,936 take with their log-probabilities; and those with
-which draws keep 95 % of the gain of losses that are less steady."""
+TARGET_BYTES = 272
+"""Bytes of a token's target, as many as 64 tokens of a vocabulary of 151,936 take with their log-probabilities."""
 MOST_DRAWS = 192
 """Draws of a token of forward KL's without log-probabilities. With a vocabulary of 4,096 they keep 98 % of the gain; the
 teacher pays for more."""
@@ -62,15 +61,12 @@ class TargetChoice:
 
     @classmethod
     def draws(cls, loss: LossConfig, why: str, *, form: str, vocab_size: int) -> TargetChoice:
-        """The top-k exactly and draws of target `form` for the rest, in TARGET_BYTES; of stratified ones in `target_bytes`."""
+        """The top-k exactly and draws of target `form` for the rest, in TARGET_BYTES."""
         top_k, token_bits = loss.least_top_k, _ID_BITS + _LOGPROB_BITS
         if form == "stratified_tail":
-            num_bytes = target_bytes(loss)
-            room = _stratified_draws(loss, vocab_size, num_bytes=num_bytes)
+            room = _stratified_draws(loss, vocab_size)
             if loss.num_samples is not None and loss.num_samples < room:
                 why = f"{why}; num_samples is the run file's own, and {room} would be steadier"
-            elif num_bytes > TARGET_BYTES and loss.num_samples is None:
-                why = f"{why}; in {num_bytes} bytes a token, since {TARGET_BYTES} kept less than 95 % of the gain for JSD"
         else:
             of_tail = form == "sampled_tail"
             room = (8 * TARGET_BYTES - top_k * token_bits) // (token_bits if of_tail else _ID_BITS)
@@ -122,53 +118,45 @@ class TargetChoice:
         )
 
 
-def target_bytes(loss: LossConfig) -> int:
-    """Bytes of a token's stratified target with which a loss keeps 95 % of the full vocabulary's gain: docs/concepts/targets.md."""
-    full = (term for term in loss.terms if term.weight > 0 and term.estimator == "full")
-    return STEADY_BYTES if any(term.divergence != "forward_kl" for term in full) else TARGET_BYTES
-
-
 def has_few_draws(loss: LossConfig) -> bool:
     """True if the target of a settled loss draws less steadily than it should, by its kind or by the run file's own words."""
     if loss.sparse_target == "sampled_tail":
         return True
-    least = _stratified_draws(loss, LARGE_VOCABULARY, num_bytes=target_bytes(loss))
+    least = _stratified_draws(loss, LARGE_VOCABULARY)
     named = loss.sparse_target == "stratified_tail" and not loss.sparse_target_reason
     return named and (loss.num_samples or 0) < least
 
 
 def was_settled_without_logprobs(loss: LossConfig, vocab_size: int) -> bool:
     """True if a settled loss has as many stratified draws as an earlier version took without log-probabilities."""
-    count = _most_draws(loss.least_top_k, vocab_size, num_bytes=TARGET_BYTES, limit=MAX_SAMPLES)
+    count = _most_draws(loss.least_top_k, vocab_size, limit=MAX_SAMPLES)
     return bool(loss.sparse_target_reason) and loss.num_samples == count
 
 
-def _stratified_draws(loss: LossConfig, vocab_size: int, *, num_bytes: int) -> int:
+def _stratified_draws(loss: LossConfig, vocab_size: int) -> int:
     """The number of draws that fit beside the top-k, and that a teacher pays for."""
     if takes_draw_logprobs(loss):
         return _most_draws(
             loss.least_top_k,
             vocab_size,
-            num_bytes=num_bytes,
             logprob_bits=DRAW_LOGPROB_BITS,
             limit=MAX_SAMPLES,
         )
     crowding = CROWDING if loss.temperature <= 1 else 1.0
-    return _most_draws(loss.least_top_k, vocab_size, num_bytes=num_bytes, limit=MOST_DRAWS, crowding=crowding)
+    return _most_draws(loss.least_top_k, vocab_size, limit=MOST_DRAWS, crowding=crowding)
 
 
 def _most_draws(
     top_k: int,
     vocab_size: int,
     *,
-    num_bytes: int,
     limit: int,
     logprob_bits: int = 0,
     crowding: float = 1.0,
 ) -> int:
     """The most draws whose sorted ids fit beside the top-k; `crowding` is what an id takes of what it took if all were spread evenly."""
     id_bits = max(1, (vocab_size - 1).bit_length())
-    room = 8 * num_bytes - top_k * (id_bits + _LOGPROB_BITS)
+    room = 8 * TARGET_BYTES - top_k * (id_bits + _LOGPROB_BITS)
     if logprob_bits:
         room -= 2 * _LOGPROB_BITS  # bounds of the row
 

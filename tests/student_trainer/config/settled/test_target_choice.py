@@ -85,21 +85,20 @@ def test_draws_take_the_bytes_of_64_tokens_and_keep_what_the_user_gave(
 
 @pytest.mark.parametrize("vocab_size", [2, 4096, 32_000, 151_936])
 @pytest.mark.parametrize(
-    ("divergence", "temperature", "allowed"),
-    [("forward_kl", 1.5, 272), ("forward_kl", 2.0, 272), ("jsd", 1.0, 512)],
+    ("divergence", "temperature"), [("forward_kl", 1.5), ("forward_kl", 2.0), ("jsd", 1.0), ("tvd", 4.0)]
 )
 def test_stratified_draws_fit_even_where_they_are_spread_evenly(
-    vocab_size: int, divergence: str, temperature: float, allowed: int
+    vocab_size: int, divergence: str, temperature: float
 ) -> None:
     loss = LossConfig(terms=(LossTermConfig(divergence=divergence),), temperature=temperature)
     choice = TargetChoice.draws(loss, "why", form="stratified_tail", vocab_size=vocab_size)
-    assert (f"in {allowed} bytes" in choice.sparse_target_reason) == (allowed > 272)
+    assert choice.sparse_target_reason == "why"
     count = choice.num_samples
     ids = np.random.default_rng(0).integers(0, vocab_size, (200, count))
     num_bytes = bytes_of_draws(ids, loss, vocab_size)
-    assert num_bytes <= allowed
+    assert num_bytes <= 272
     if vocab_size > 1000 and count != MOST_DRAWS:
-        assert num_bytes > 0.93 * allowed
+        assert num_bytes > 0.93 * 272
     if not takes_draw_logprobs(loss):
         assert count <= MOST_DRAWS
 
