@@ -49,6 +49,10 @@ class ArmResult:
     metrics: dict[str, float] = field(default_factory=dict)
     scores: dict[int, float] = field(default_factory=dict)
     """Nats per token, by step."""
+    text_tokens: list[int] = field(default_factory=list)
+    """Tokens of each text that the last student wrote while it was scored."""
+    others: list[ArmResult] = field(default_factory=list)
+    """The same arm with other seeds."""
 
     @property
     def last_step(self) -> int:
@@ -192,12 +196,7 @@ class Arms:
         path = self._result_path(name)
         if not path.exists():
             return None
-        found = json.loads(path.read_text())
-        for field_name in ("steps", "folders", "scores"):
-            found[field_name] = {int(step): value for step, value in found[field_name].items()}
-        for field_name in ("memory_mib", "cpu_s"):
-            found[field_name] = [(process, value) for process, value in found[field_name]]
-        return ArmResult(**found)
+        return _result(json.loads(path.read_text()))
 
     def _result_path(self, name: str) -> Path:
         return self.work.arm(name, self.sizes) / "result.json"
@@ -218,9 +217,12 @@ class Arms:
         if not lines:
             self.say(f"students were not scored: {tail(log)}")
             return
-        scores = json.loads(lines[-1])
+        found = json.loads(lines[-1])
         for result in results:
-            result.scores = {int(step): value for step, value in scores.get(result.name, {}).items()}
+            scores, lengths = (found[name].get(result.name, {}) for name in ("scores", "lengths"))
+            result.scores = {int(step): value for step, value in scores.items()}
+            if any(lengths.values()):
+                result.text_tokens = lengths[str(max(result.scores))]
 
     def _cores(self, host: str) -> AbstractContextManager[None]:
         """Cores of a host's programs: all, or its half where hosts are apart."""
@@ -257,6 +259,15 @@ class Arms:
             else f"{result.process_s:.1f} s"
         )
         self.say(f"{result.name}: {took}{'; ' if result.problem else ''}{result.problem}")
+
+
+def _result(found: dict[str, Any]) -> ArmResult:
+    """A result that was written as JSON."""
+    for field_name in ("steps", "folders", "scores"):
+        found[field_name] = {int(step): value for step, value in found[field_name].items()}
+    for field_name in ("memory_mib", "cpu_s"):
+        found[field_name] = [(process, value) for process, value in found[field_name]]
+    return ArmResult(**{**found, "others": [_result(each) for each in found.get("others", ())]})
 
 
 def _start(

@@ -72,6 +72,9 @@ def comparison_options(*, work: str, arms: Sequence[str], minutes: float) -> Cal
             is_flag=True,
             help="Run no arm; report those that earlier calls left in the work folder.",
         ),
+        click.option(
+            "--scores/--no-scores", default=True, show_default=True, help="Score the students at the end."
+        ),
     ]
 
     def add(command: Command) -> Command:
@@ -94,6 +97,7 @@ def compare(
     minutes: float,
     with_earlier: bool,
     report: bool,
+    scores: bool,
 ) -> NoReturn:
     """Runs the chosen arms, prints and writes what they gave, and exits with 0 if each took all its steps."""
     console = Console(soft_wrap=True, width=170)
@@ -116,7 +120,9 @@ def compare(
         results.sort(key=lambda each: comparison.arms.index(each.name))
         if outcome is not None and results:
             before = [outcome.start] if comparison.scores_start else []
-            outcome.arms.score(comparison.direction, [*before, *results])
+            seeds = [each for result in results for each in result.others]
+            if scores:
+                outcome.arms.score(comparison.direction, [*before, *results, *seeds])
             _report(console, comparison, outcome)
             if json_file is not None:
                 json_file.write_text(json.dumps(_content(comparison, outcome), indent=2) + "\n")

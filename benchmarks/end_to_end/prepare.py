@@ -35,6 +35,8 @@ CHARACTERS = 900
 """Length of a document: more tokens than a row has."""
 TEACHER_TOKENS = 160
 """Tokens of a row of the teacher's training at most."""
+WHOLE_TOKENS = 224
+"""The same where texts are written, whose ends models learn from rows that reach them."""
 
 
 def main() -> None:
@@ -52,14 +54,19 @@ def main() -> None:
         num_heads=sizes.heads,
         steps=sizes.teacher_steps,
         batch_size=16,
-        sequence_tokens=min(sizes.length, TEACHER_TOKENS),
+        sequence_tokens=min(sizes.length, WHOLE_TOKENS if sizes.on_policy else TEACHER_TOKENS),
         max_sequence_tokens=512,
         bfloat16=matmul_dtype("bfloat16", Processor.read()) == "bfloat16",
     )
     (_make_pairs if sizes.has_pairs else _make_texts)(work, sizes, recipe, file)
-    work.rows.write_text(
-        json.dumps(_ordered(work, off_policy_spec(work, sizes, None), sizes.batch, sizes.steps))
-    )
+    if sizes.on_policy:
+        for seed in range(sizes.seeds):
+            seeded = replace(sizes, seed=seed)
+            rows = _ordered(work, on_policy_spec(work, seeded, None), sizes.batch, sizes.steps)
+            work.prompt_rows(seeded).write_text(json.dumps(rows))
+    else:
+        spec = off_policy_spec(work, sizes, None)
+        work.rows.write_text(json.dumps(_ordered(work, spec, sizes.batch, sizes.steps)))
     work.mark_ready(sizes)
 
 
@@ -75,9 +82,7 @@ def _make_texts(work: Work, sizes: Sizes, recipe: TeacherRecipe, file: Path | No
     _make_student(work.warm_student, work, sizes)
     _warm(work, replace(recipe, steps=sizes.warm_steps), seen)
     _write_jsonl(work.train, [{"text": each} for each in seen])
-    _write_prompts(work, sizes, seen)
-    prompts = _ordered(work, on_policy_spec(work, sizes, None), sizes.batch, sizes.steps)
-    work.prompt_rows.write_text(json.dumps([row["token_ids"][: row["num_prompt"]] for row in prompts]))
+    _write_prompts(work, _cut_prompts(work, sizes, seen))
     _write_held_out(work, sizes, [Pair("", each) for each in held_out], least_tokens=sizes.prompt_tokens)
 
 
@@ -89,6 +94,11 @@ def _make_pairs(work: Work, sizes: Sizes, recipe: TeacherRecipe, file: Path | No
     seen = pairs[len(held_out) :]
     train_teacher([*(each.text for each in seen), *others], work.teacher, recipe)
     _make_student(work.student, work, sizes)
+    if sizes.on_policy:
+        _make_student(work.warm_student, work, sizes)
+        _warm(work, replace(recipe, steps=sizes.warm_steps), [each.text for each in seen])
+        seen, held_out = (_whole_prompts(work, sizes, each) for each in (seen, held_out))
+        _write_prompts(work, seen)
     # No more than the run reads, so that a cache holds no more either.
     train = seen[: sizes.steps * sizes.batch]
     _write_jsonl(work.train, [{"prompt": each.prompt, "completion": each.completion} for each in train])
@@ -149,17 +159,32 @@ def _warm(work: Work, recipe: TeacherRecipe, documents: Sequence[str]) -> None:
     model.save_pretrained(work.warm_student, safe_serialization=True)
 
 
-def _write_prompts(work: Work, sizes: Sizes, documents: Sequence[str]) -> None:
+def _cut_prompts(work: Work, sizes: Sizes, documents: Sequence[str]) -> list[Pair]:
     """Prompts of about as many tokens as asked for, and what follows them."""
     tokenizer = _tokenizer(work)
-    rows = []
+    found = []
     for text in documents:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         cut = sizes.prompt_tokens
         prompt, rest = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut : cut + sizes.new_tokens])
         if prompt.strip() and rest.strip():
-            rows.append({"prompt": prompt, "completion": rest})
-    _write_jsonl(work.prompts, rows)
+            found.append(Pair(prompt, rest))
+    return found
+
+
+def _whole_prompts(work: Work, sizes: Sizes, pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs whose prompt has no more tokens than asked for; its text gives any program these tokens."""
+    tokenizer = _tokenizer(work)
+    ids = tokenizer([each.prompt for each in pairs], add_special_tokens=False)["input_ids"]
+    return [
+        pair
+        for pair, own in zip(pairs, ids, strict=True)
+        if len(own) <= sizes.prompt_tokens and tokenizer.decode(own) == pair.prompt
+    ]
+
+
+def _write_prompts(work: Work, pairs: Sequence[Pair]) -> None:
+    _write_jsonl(work.prompts, [{"prompt": each.prompt, "completion": each.completion} for each in pairs])
 
 
 def _write_jsonl(path: Path, rows: Sequence[dict[str, str]]) -> None:

@@ -39,6 +39,7 @@ def on_policy_spec(
         spec.student.lora.rank, spec.student.lora.alpha = LORA_RANK, 2 * LORA_RANK
         spec.student.output = "merged"
     spec.data.train.add(path=str(work.prompts))
+    spec.data.seed = spec.optimizer.seed = sizes.seed
     context = spec.contexts.add(weight=1.0).student
     context.generation.max_new_tokens = sizes.new_tokens
     context.generation.samples_per_prompt = 1

@@ -2,7 +2,8 @@
 
 KIND is "forward": KL(teacher || student) on held-out texts; or "reverse": KL(student || teacher) on what the student itself
 writes behind held-out prompts, with one seed. ARMS is JSON: lists of folders by arm, each named by its step. Prints JSON:
-nats per token, by arm and step. A folder that cannot be scored is left out.
+`scores`, nats per token, and `lengths`, the tokens of each text that was written, by arm and step. A folder that cannot be
+scored is left out.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ def main() -> None:
                 print(f"{arm}, step {folder.name}: {error}", file=sys.stderr)
     with torch.no_grad():
         if kind == "forward":
-            values = _forward(teacher, list(students.values()), rows)
+            scored = [(each, list[int]()) for each in _forward(teacher, list(students.values()), rows)]
         else:
-            values = [_reverse(teacher, each, rows, sizes) for each in students.values()]
-    found: dict[str, dict[str, float]] = {}
-    for (arm, step), value in zip(students, values, strict=True):
-        found.setdefault(arm, {})[step] = value
-    print(json.dumps(found))
+            scored = [_reverse(teacher, each, rows, sizes) for each in students.values()]
+    scores: dict[str, dict[str, float]] = {}
+    lengths: dict[str, dict[str, list[int]]] = {}
+    for (arm, step), (value, own) in zip(students, scored, strict=True):
+        scores.setdefault(arm, {})[step] = value
+        lengths.setdefault(arm, {})[step] = own
+    print(json.dumps({"scores": scores, "lengths": lengths}))
 
 
 class HeldOut(NamedTuple):
@@ -103,15 +106,23 @@ def _forward(teacher: Any, students: Sequence[Any], held_out: Sequence[HeldOut])
     return [each / count for each in totals]
 
 
-def _reverse(teacher: Any, student: Any, held_out: Sequence[HeldOut], sizes: Sizes) -> float:
+def _reverse(
+    teacher: Any, student: Any, held_out: Sequence[HeldOut], sizes: Sizes
+) -> tuple[float, list[int]]:
+    """KL of a student, and the tokens of each of its texts."""
     torch.manual_seed(0)
-    total, count = 0.0, 0
+    total, lengths = 0.0, list[int]()
     for first in range(0, len(held_out), ROWS):
-        rows = held_out[first : first + ROWS]
-        prompts = torch.tensor([each.token_ids[: sizes.prompt_tokens] for each in rows])
+        heads = [
+            each.token_ids[: each.num_prompt or sizes.prompt_tokens]
+            for each in held_out[first : first + ROWS]
+        ]
+        longest = max(map(len, heads))
+        prompts = torch.tensor([[0] * (longest - len(each)) + each for each in heads])
+        mask = (torch.arange(longest) >= torch.tensor([[longest - len(each)] for each in heads])).long()
         written = student.generate(
             input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
+            attention_mask=mask,
             do_sample=True,
             top_k=0,
             top_p=1.0,
@@ -119,15 +130,19 @@ def _reverse(teacher: Any, student: Any, held_out: Sequence[HeldOut], sizes: Siz
             max_new_tokens=sizes.new_tokens,
             pad_token_id=0,
         )
-        ends = torch.isin(written[:, sizes.prompt_tokens :], torch.tensor(_end_ids(student)))
+        ends = torch.isin(written[:, longest:], torch.tensor(_end_ids(student)))
         counted = ends.int().cumsum(-1) - ends.int() == 0
+        mask = torch.cat([mask, torch.ones_like(ends).long()], dim=1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
         log_p, log_q = (
-            model(input_ids=written).logits[:, sizes.prompt_tokens - 1 : -1].log_softmax(-1)
+            model(input_ids=written, attention_mask=mask, position_ids=positions)
+            .logits[:, longest - 1 : -1][counted]
+            .log_softmax(-1)
             for model in (teacher, student)
         )
-        total += float((log_q.exp() * (log_q - log_p)).sum(-1)[counted].sum())
-        count += int(counted.sum())
-    return total / count
+        total += float((log_q.exp() * (log_q - log_p)).sum())
+        lengths += counted.sum(-1).tolist()
+    return total / sum(lengths), lengths
 
 
 def _end_ids(model: Any) -> list[int]:

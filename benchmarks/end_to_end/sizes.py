@@ -30,8 +30,15 @@ class Sizes:
     learning_rate: float = 3e-3
     precision: str = "fp32"
     """Of training, in all programs, and of their teachers: "fp32", or "bf16" under autocast."""
+    seed: int = 0
+    """Seed of training: of the order of rows, and of what students write."""
+    seeds: int = 1
+    """Seeds whose order of prompts is made."""
+    on_policy: bool = False
+    """Rows of prompt and completion are prompts of on-policy arms, whose student has learnt where texts end."""
     held_out_rows: int = 64
     prompt_tokens: int = 16
+    """Tokens of a prompt: of "texts", or the most of "pairs"."""
     new_tokens: int = 64
     kept: int = 8
     """Students of a run that are kept, to be scored."""
@@ -99,10 +106,9 @@ class Work:
         """JSON: the token ids and masks of all rows, in the order of the run's steps."""
         return self.path / "rows.json"
 
-    @property
-    def prompt_rows(self) -> Path:
-        """JSON: the token ids of all prompts, in the order of the run's steps."""
-        return self.path / "prompt_rows.json"
+    def prompt_rows(self, sizes: Sizes) -> Path:
+        """JSON: as `rows`, of on-policy arms with the seed of `sizes`."""
+        return self.path / f"prompt_rows-{sizes.seed}.json"
 
     @property
     def held_out(self) -> Path:
@@ -113,9 +119,10 @@ class Work:
         """True if the folder was made with these sizes; how arms compute and what they keep is none of its matter."""
         path = self.path / "sizes.json"
         made = Sizes(**json.loads(path.read_text())) if path.exists() else None
-        if made is None:
+        if made is None or made.seeds < sizes.seeds:
             return False
-        return replace(made, precision=sizes.precision, apart=sizes.apart, kept=sizes.kept) == sizes
+        free = {name: getattr(sizes, name) for name in ("precision", "apart", "kept", "seed", "seeds")}
+        return replace(made, **free) == sizes
 
     def mark_ready(self, sizes: Sizes) -> None:
         """Records that everything is there."""
@@ -123,7 +130,8 @@ class Work:
 
     def arm(self, name: str, sizes: Sizes) -> Path:
         """Folder of an arm."""
-        return self.path / f"arms-{sizes.precision}{'-apart' if sizes.apart else ''}" / name
+        seed = f"-seed-{sizes.seed}" if sizes.seed else ""
+        return self.path / f"arms-{sizes.precision}{'-apart' if sizes.apart else ''}{seed}" / name
 
     def cache(self, sizes: Sizes) -> Path:
         """Cache of the teacher's targets."""

@@ -129,7 +129,7 @@ def _settings(job: _Job) -> dict[str, Any]:
         "logging_strategy": "no",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
-        "seed": 0,
+        "seed": sizes.seed,
     }
 
 
@@ -165,17 +165,12 @@ def _text_batch(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def _prompt_batch(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    ids = [row["token_ids"] for row in rows]
-    batch = {
+    """As GKDTrainer's own collator has it: whole rows, in whose place the student's texts come, and their prompts."""
+    ids = [row["token_ids"][: row["num_prompt"]] for row in rows]
+    return {
+        **_text_batch(rows),
         "prompts": _padded(ids, 0, left=True),
         "prompt_attention_mask": _padded([[1] * len(row) for row in ids], 0, left=True),
-    }
-    # GKDTrainer replaces these by what the student writes; every token of a batch counts in the meantime.
-    return {
-        **batch,
-        "input_ids": batch["prompts"],
-        "attention_mask": batch["prompt_attention_mask"],
-        "labels": batch["prompts"],
     }
 
 
@@ -184,7 +179,7 @@ def _local(job: _Job) -> Any:
 
 
 def _gkd(job: _Job) -> Any:
-    rows = [{"token_ids": each} for each in json.loads(job.work.prompt_rows.read_text())]
+    rows = json.loads(job.work.prompt_rows(job.sizes).read_text())
     return _gkd_trainer(job, rows, _prompt_batch, lmbda=1.0, beta=1.0)
 
 
@@ -218,8 +213,9 @@ def _distillation(job: _Job) -> Any:
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
-    prompts = json.loads(job.work.prompt_rows.read_text())
+    rows = json.loads(job.work.prompt_rows(job.sizes).read_text())
     tokenizer = job.options["processing_class"]
+    prompts = [row["token_ids"][: row["num_prompt"]] for row in rows]
     return DistillationTrainer(
         teacher_model=job.teacher(),
         args=DistillationConfig(

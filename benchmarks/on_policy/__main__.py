@@ -2,13 +2,17 @@
 
 Stillhouse samples in the training process, or through one or two rollout services (which write with a LoRA adapter); TRL's
 DistillationTrainer and GKDTrainer generate with transformers, and hold the teacher in their process. All minimise the reverse
-KL on one text a prompt. Seconds count from the first update on. Each student is scored after the same updates by the reverse
-KL on what it writes behind held-out prompts. An interrupted comparison prints what it has.
+KL on one text a prompt. Prompts are heads of functions of Python's library, and a text ends where the student ends it, or at
+its longest; `--rows texts` has prompts and texts of one length. Seconds count from the first update on. Each student is scored
+after the same updates by the reverse KL on what it writes behind held-out prompts. An interrupted comparison prints what it has.
 """
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,31 +39,44 @@ BASELINES = {
 @click.command()
 @comparison_options(work=".bench/on-policy", arms=ARMS, minutes=2.5)
 @click.option("--staleness", type=int, help="max_staleness of Stillhouse's arms; the default if not given.")
-@click.option("--steps", default=40, show_default=True, help="Updates.")
+@click.option("--steps", default=32, show_default=True, help="Updates.")
 @click.option("--batch", default=16, show_default=True, help="Texts of an update.")
-@click.option("--new-tokens", default=64, show_default=True, help="Longest text.")
-@click.option("--prompt-tokens", default=16, show_default=True)
-@click.option("--teacher-steps", default=300, show_default=True, help="Training of the teacher.")
+@click.option("--vocabulary", default=32_000, show_default=True, help="Tokens of the tokenizer.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Of all programs.",
+)
+@click.option(
+    "--rows",
+    type=click.Choice(["pairs", "texts"]),
+    default="pairs",
+    show_default=True,
+    help="Texts that end by themselves behind prompts of natural lengths, or texts and prompts of one length.",
+)
+@click.option("--new-tokens", default=192, show_default=True, help="Longest text.")
+@click.option("--prompt-tokens", default=96, show_default=True, help="Longest prompt.")
+@click.option("--teacher-steps", default=150, show_default=True, help="Training of the teacher.")
 @click.option("--learning-rate", default=1e-3, show_default=True)
-def main(
-    *,
-    staleness: int | None,
-    steps: int,
-    batch: int,
-    new_tokens: int,
-    prompt_tokens: int,
-    teacher_steps: int,
-    learning_rate: float,
-    **options: Any,
-) -> None:
+@click.option(
+    "--seeds",
+    default=1,
+    show_default=True,
+    help="Seeds of each arm, whose scores are averaged; those but the first that an earlier call has run are not run again.",
+)
+def main(*, staleness: int | None, new_tokens: int, prompt_tokens: int, seeds: int, **options: Any) -> None:
     """Compare on-policy training by its speed and by equal updates."""
+    names = ("steps", "batch", "vocabulary", "precision", "rows", "teacher_steps", "learning_rate")
     sizes = Sizes(
-        steps=steps,
-        batch=batch,
+        **{name: options.pop(name) for name in names},
         new_tokens=new_tokens,
         prompt_tokens=prompt_tokens,
-        teacher_steps=teacher_steps,
-        learning_rate=learning_rate,
+        length=prompt_tokens + new_tokens,
+        seeds=seeds,
+        on_policy=True,
+        warm_steps=100,
         # Checkpoints are rare in a run: one half-way, and one at the end.
         kept=2,
     )
@@ -70,6 +87,19 @@ def main(
 
 
 def _run(arms: Arms, name: str, staleness: int | None) -> ArmResult:
+    """An arm with the first seed, and with the others."""
+    result = _run_once(arms, name, staleness)
+    for seed in range(1, arms.sizes.seeds):
+        seeded = replace(arms, sizes=replace(arms.sizes, seed=seed))
+        other = seeded.earlier(name)
+        if other is None:
+            other = _run_once(seeded, name, staleness)
+            seeded.keep(other)
+        result.others.append(replace(other, name=f"{name}, seed {seed}"))
+    return result
+
+
+def _run_once(arms: Arms, name: str, staleness: int | None) -> ArmResult:
     if name.startswith("trl-"):
         return arms.trl(name, name.removeprefix("trl-"))
     work, sizes = arms.work, arms.sizes
@@ -104,11 +134,21 @@ def ratios_of(results: Sequence[ArmResult]) -> dict[str, float]:
             own, other = (_rate(arm[name]) for name in (ours, theirs))
             if own and other:
                 found[f"{ours}_over_{theirs}_updates_a_minute"] = own / other
-            shared = set(arm[ours].scores) & set(arm[theirs].scores)
-            if shared:
-                last = max(shared)
-                found[f"{ours}_minus_{theirs}_reverse_kl"] = arm[ours].scores[last] - arm[theirs].scores[last]
+            pairs = list(zip(*([each, *each.others] for each in (arm[ours], arm[theirs])), strict=False))
+            gaps = [gap for own, other in pairs if (gap := _gap(own, other)) is not None]
+            if gaps:
+                found[f"{ours}_minus_{theirs}_reverse_kl"] = statistics.fmean(gaps)
+            if len(gaps) > 1:
+                found[f"{ours}_minus_{theirs}_reverse_kl_standard_error"] = (
+                    statistics.stdev(gaps) / len(gaps) ** 0.5
+                )
     return found
+
+
+def _gap(own: ArmResult, other: ArmResult) -> float | None:
+    """Difference of the scores after the last equal updates of two runs of one seed."""
+    last = max(own.scores.keys() & other.scores.keys(), default=None)
+    return None if last is None else own.scores[last] - other.scores[last]
 
 
 def _rate(result: ArmResult) -> float | None:
@@ -119,23 +159,32 @@ def _rate(result: ArmResult) -> float | None:
 
 def _tables(outcome: Outcome) -> Sequence[Table]:
     columns = (
-        *("arm", "updates", "updates/min", "text tokens/s at most", "reverse KL", "idle share", "staleness"),
-        *("peak MiB of each process", "problem"),
+        *("arm", "updates", "updates/min", "s of the first two", "CPU s an update", "reverse KL"),
+        *("tokens of a text", "idle share", "staleness", "peak MiB of each process", "problem"),
     )
-    table = Table(*columns, title="Updates, after start-up; a text has at most the tokens asked for")
+    arms = outcome.arms
+    rows = json.loads(arms.work.prompt_rows(arms.sizes).read_text())
+    prompts = _spread([row["num_prompt"] for row in rows])
+    table = Table(
+        *columns,
+        title=f"Updates after start-up; {arms.sizes.precision}, vocabulary {arms.sizes.vocabulary:,}, {arms.sizes.batch} texts of at most "
+        f"{arms.sizes.new_tokens} tokens behind prompts of {prompts} (mean, standard deviation)",
+    )
     if 0 in outcome.start.scores:
-        table.add_row("before", "0", "", "", f"{outcome.start.scores[0]:.4f}")
-    per_update = outcome.arms.sizes.batch * outcome.arms.sizes.new_tokens
+        start = outcome.start
+        table.add_row("before", "0", "", "", "", f"{start.scores[0]:.4f}", _spread(start.text_tokens))
     for each in outcome.results:
-        rate, final = _rate(each), each.scores.get(max(each.scores, default=-1))
+        rate, final = _rate(each), _final(each)
         idle = [value for name, value in each.metrics.items() if name.startswith("idle_share")]
-        tokens = each.metrics.get("train/trained_tokens", per_update * each.last_step)
+        first = each.seconds(2)
         table.add_row(
             each.name,
             str(each.last_step),
             f"{rate:.1f}" if rate else "n/a",
-            f"{tokens / (each.seconds() or 1):.0f}" if rate else "n/a",
-            "n/a" if final is None else f"{final:.4f}",
+            f"{first:.1f}" if first else "n/a",
+            f"{each.cpu_s_a_step:.2f}" if each.cpu_s_a_step else "n/a",
+            final,
+            _spread(each.text_tokens),
             ", ".join(f"{share:.0%}" for share in idle),
             f"{each.metrics['train/rollout_staleness']:.2f}"
             if "train/rollout_staleness" in each.metrics
@@ -144,6 +193,17 @@ def _tables(outcome: Outcome) -> Sequence[Table]:
             each.problem,
         )
     return (table,)
+
+
+def _spread(lengths: Sequence[int]) -> str:
+    """Mean and standard deviation."""
+    return f"{statistics.fmean(lengths):.0f} ± {statistics.pstdev(lengths):.0f}" if lengths else ""
+
+
+def _final(result: ArmResult) -> str:
+    """The last score of each seed."""
+    found = [each.scores[max(each.scores)] for each in (result, *result.others) if each.scores]
+    return ", ".join(f"{score:.4f}" for score in found) or "n/a"
 
 
 if __name__ == "__main__":

@@ -94,6 +94,27 @@ def test_updates_a_minute_are_compared_for_the_same_weights() -> None:
     }
 
 
+def test_seeds_of_an_arm_are_compared_one_by_one_and_kept(tmp_path: Path) -> None:
+    ours, theirs = arm("local", 1.0, {8: 2.0}), arm("trl-gkd", 2.0, {8: 2.1})
+    ours.others = [arm("local, seed 1", 1.0, {8: 2.4})]
+    theirs.others = [arm("trl-gkd, seed 1", 2.0, {8: 2.7})]
+    ratios = on_policy_ratios([ours, theirs])
+    assert ratios["local_minus_trl-gkd_reverse_kl"] == pytest.approx(-0.2)
+    assert ratios["local_minus_trl-gkd_reverse_kl_standard_error"] == pytest.approx(0.1)
+    arms = Arms(work=Work(tmp_path), sizes=Sizes(), peers=None, minutes=1.0, say=print)
+    arms.keep(ours)
+    assert arms.earlier("local") == ours
+
+
+def test_a_folder_fits_any_precision_and_as_many_seeds_as_it_was_made_for(tmp_path: Path) -> None:
+    work, made = Work(tmp_path), Sizes(seeds=3)
+    assert not work.fits(made)
+    work.mark_ready(made)
+    assert work.fits(replace(made, seeds=1, seed=2, precision="bf16"))
+    assert not work.fits(replace(made, seeds=4))
+    assert not work.fits(replace(made, vocabulary=32_000))
+
+
 def test_idle_time_counts_between_first_and_last_text() -> None:
     idle = IdleShare()
     idle._seen = {1: [False, False, True, True, False, True, False], 2: [False]}

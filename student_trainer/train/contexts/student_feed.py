@@ -81,27 +81,37 @@ class StudentFeed(Feed):
         elif isinstance(self._sampler, SamplerPool):
             self._in_flight.pending[key] = self._begin(self._sampler, slots)
         else:
-            began = time.monotonic()
-            texts = self._sampler.write(**self._order(slots))
-            self._in_flight.rollouts[key] = self._rollouts(slots, texts, self._version())
+            began, version = time.monotonic(), self._version()
+            samples = self._config.generation.samples_per_prompt
+
+            def send(place: int, sample: int, text: SampledText) -> None:
+                rollout = self._rollout(slots[place], text, version)
+                self._submit(step, place * samples + sample, rollout, slots[place].row)
+
+            # The teacher scores texts while others are still being written.
+            texts = self._sampler.write(**self._order(slots), on_text=send)
+            self._in_flight.rollouts[key] = self._rollouts(slots, texts, version)
             self._sampling_s = time.monotonic() - began
-            self._query(step)
+            del self._slots[step]
 
     def _query(self, step: int) -> None:
         """Queries the targets of rollouts that are there."""
         slots, rollouts = self._slots.pop(step), self._in_flight.rollouts[self._settings.context, step]
-        # A checkpoint holds rollouts without what teachers alone see.
-        prompts_of = {slot.position: self._settings.examples[slot.row].teacher_prompts for slot in slots}
+        row_of = {slot.position: slot.row for slot in slots}
         for number, rollout in enumerate(rollouts):
-            query = TeacherQuery(
-                token_ids=rollout.token_ids,
-                start=rollout.start,
-                place=rollout.place,
-                teacher=rollout.teacher,
-                teacher_prompts=prompts_of.get(rollout.slot, {}),
-                query_token_ids=_queried(rollout) if self._queries_top_k else None,
-            )
-            self._targets.submit(self._id(step, number), query)
+            self._submit(step, number, rollout, row_of.get(rollout.slot))
+
+    def _submit(self, step: int, number: int, rollout: Rollout, row: int | None) -> None:
+        """Queries the targets of one rollout of the training row `row`, from which what teachers alone see comes."""
+        query = TeacherQuery(
+            token_ids=rollout.token_ids,
+            start=rollout.start,
+            place=rollout.place,
+            teacher=rollout.teacher,
+            teacher_prompts={} if row is None else self._settings.examples[row].teacher_prompts,
+            query_token_ids=_queried(rollout) if self._queries_top_k else None,
+        )
+        self._targets.submit(self._id(step, number), query)
 
     def collect(self, step: int) -> Iterator[ScoredExample]:
         """The rollouts with their targets; those that are too old are dropped and counted."""
@@ -175,28 +185,31 @@ class StudentFeed(Feed):
     def _rollouts(
         self, slots: Sequence[Slot], texts: Sequence[Sequence[SampledText]], version: int
     ) -> list[Rollout]:
-        examples = [self._settings.examples[slot.row] for slot in slots]
-        rooms = [self._settings.room(example) for example in examples]
-        texts = [[text.first(room) for text in several] for several, room in zip(texts, rooms, strict=True)]
         wanted = len(slots) * self._config.generation.samples_per_prompt
         self._num_dropped += wanted - sum(map(len, texts))
         return [
-            Rollout(
-                token_ids=np.concatenate([example.prompt, text.token_ids]),
-                start=len(example.prompt),
-                behaviour_logprobs=text.logprobs,
-                likeliest=text.likeliest,
-                draws=text.draws if text.draws.shape[1] else None,
-                draw_logprobs=text.draw_logprobs if text.draws.shape[1] else None,
-                finished=text.finished,
-                version=version,
-                place=example.place,
-                teacher=example.teacher,
-                slot=slot.position,
-            )
-            for slot, example, several in zip(slots, examples, texts, strict=True)
+            self._rollout(slot, text, version)
+            for slot, several in zip(slots, texts, strict=True)
             for text in several
         ]
+
+    def _rollout(self, slot: Slot, text: SampledText, version: int) -> Rollout:
+        """A rollout, cut to the room that its teachers leave."""
+        example = self._settings.examples[slot.row]
+        text = text.first(self._settings.room(example))
+        return Rollout(
+            token_ids=np.concatenate([example.prompt, text.token_ids]),
+            start=len(example.prompt),
+            behaviour_logprobs=text.logprobs,
+            likeliest=text.likeliest,
+            draws=text.draws if text.draws.shape[1] else None,
+            draw_logprobs=text.draw_logprobs if text.draws.shape[1] else None,
+            finished=text.finished,
+            version=version,
+            place=example.place,
+            teacher=example.teacher,
+            slot=slot.position,
+        )
 
     def _id(self, step: int, number: int) -> int:
         return step << 32 | number

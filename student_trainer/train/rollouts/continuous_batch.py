@@ -51,6 +51,10 @@ A row that has ended may still be asked for further tokens, which count for noth
 """
 
 
+Ended = Callable[[int, int], object]
+"""Is told a row that has ended, and the number of its tokens."""
+
+
 def supports(model: Any) -> bool:
     """True if a causal model's memory is keys and values of whole sequences, by its configuration."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
@@ -66,15 +70,18 @@ def decode(
     max_tokens: int | None,
     device: torch.device,
     lean: bool = False,
+    ended: Ended = lambda _row, _count: None,
 ) -> list[int]:
     """Continues each row until one of `end_ids` or its room ends it; returns their numbers of new tokens.
+
+    `ended` is called for each row as soon as it has ended, those of one step in the batch's order.
 
     At most `max_rows` are in the batch at a time, or as many as have `max_tokens` tokens if they are all as long as they
     may become, and one at least. With `lean` the model, for which `llama_step.decodes` must hold, computes tokens beyond the
     prompts by LlamaStep. The outcome is a function of the arguments.
     """
     limits: dict[str, Any] = {"max_rows": max_rows, "max_tokens": max_tokens, "device": device}
-    return _Decoding(model, rows, draw, end_ids, **limits, lean=lean).run()
+    return _Decoding(model, rows, draw, end_ids, **limits, lean=lean, ended=ended).run()
 
 
 class _KvLayer(DynamicLayer):  # type: ignore[misc]
@@ -180,8 +187,9 @@ class _Decoding:
         max_tokens: int | None,
         device: torch.device,
         lean: bool,
+        ended: Ended,
     ) -> None:
-        self._model, self._rows, self._draw = model, rows, draw
+        self._model, self._rows, self._draw, self._ended = model, rows, draw, ended
         self._end_ids = np.array(sorted(end_ids), np.int64)
         self._max_rows, self._max_tokens, self._device = max_rows, max_tokens, device
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -313,7 +321,10 @@ class _Decoding:
         tokens = batch.inputs.cpu().numpy()
         self._counts[batch.rows] += batch.alive
         ends = (tokens[:, None] == self._end_ids).any(1) | (self._counts >= self._rooms)[batch.rows]
+        ended_now = batch.rows[batch.alive & ends]
         batch.alive &= ~ends
+        for row in ended_now.tolist():
+            self._ended(row, int(self._counts[row]))
 
     def _kept(self, batch: _Batch) -> _Batch | None:
         """The rows that have not ended."""

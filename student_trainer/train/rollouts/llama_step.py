@@ -16,7 +16,7 @@ from torch.nn import functional
 _FAMILIES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 _ROTARY = {"default", "linear", "llama3", "yarn"}
 """Kinds of rotary embedding that depend on a token's place alone."""
-_JOINED_WEIGHTS, _MERGED_WEIGHTS = 2**22, 2**26
+_JOINED_WEIGHTS, _MERGED_WEIGHTS = 2**23, 2**26
 """Weights of a model up to which projections are copied, those of one input side by side, and adapters are added to copies of their
 layers. Those of larger models take longer to read than to start."""
 

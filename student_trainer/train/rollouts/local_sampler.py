@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.train.batching.passes import PassCutter
 from stillhouse.student_trainer.train.rollouts.continuous_batch import DecodeRow, decode
 from stillhouse.student_trainer.train.rollouts.generation_mode import GenerationMode, batches, select_mode
+from stillhouse.student_trainer.train.rollouts.row_buffer import RowBuffer
 from stillhouse.student_trainer.train.rollouts.token_sampler import (
     LARGEST_UNIFORM,
     Recorded,
@@ -34,7 +36,7 @@ BATCH_TEXTS = 64
 """Sequences sampled at a time at most."""
 SAMPLED_TOKENS = 16
 """Tokens that are sampled at a time, prompts included, for each one of a training pass: keys and values take far less."""
-SMALL_MODEL = 2**22
+SMALL_MODEL = 2**23
 """Weights of a model up to which one thread writes on a CPU."""
 _WORTH_TOKENS = 2**20
 """Constant part of a batch's cost, in tokens, by which fewer batches come before less padding."""
@@ -69,6 +71,10 @@ class SampledText:
             draw_logprobs=self.draw_logprobs[:num_tokens],
             finished=False,
         )
+
+
+OnText = Callable[[int, int, SampledText], object]
+"""Is told a prompt's place, the text's among the prompt's, and the text."""
 
 
 class LocalSampler:
@@ -106,12 +112,20 @@ class LocalSampler:
         *,
         max_sequence_tokens: int,
         seeds: Sequence[int],
+        on_text: OnText = lambda _prompt, _sample, _text: None,
     ) -> list[list[SampledText]]:
         """Samples `samples_per_prompt` completions of each prompt, by the prompt's seed, independently of other prompts.
 
-        Prompt and completion together have at most `max_sequence_tokens`, which leaves every prompt room for a token. Raises
+        Prompt and completion together have at most `max_sequence_tokens`, which leaves every prompt room for a token. `on_text` is
+        called for each text, on a CPU in continuous batches while others are still being written. Raises
         StillhouseError(NON_FINITE) if the student's logits are non-finite.
         """
+        texts: dict[int, SampledText] = {}
+
+        def keep(row: int, text: SampledText) -> None:
+            texts[row] = text
+            on_text(*divmod(row, generation.samples_per_prompt), text)
+
         copies = [
             (prompt, np.random.Generator(np.random.PCG64([seed, sample])))
             for prompt, seed in zip(prompts, seeds, strict=True)
@@ -129,14 +143,13 @@ class LocalSampler:
             self._mode = self._mode or select_mode(model, self._device, self._autocast)
             stack.enter_context(self._autocast())
             if self._mode.batch == "continuous":
-                written = self._write_continuously(
-                    copies, generation, max_sequence_tokens, lean=self._mode.lean
+                self._write_continuously(
+                    copies, generation, max_sequence_tokens, lean=self._mode.lean, keep=keep
                 )
-                return _grouped(dict(enumerate(written)), generation.samples_per_prompt)
+                return _grouped(texts, generation.samples_per_prompt)
             lengths = [
                 min(len(prompt) + generation.max_new_tokens, max_sequence_tokens) for prompt, _ in copies
             ]
-            texts: dict[int, SampledText] = {}
             cutter = self._cutter()
             for group in batches(
                 [len(prompt) for prompt, _ in copies],
@@ -152,7 +165,8 @@ class LocalSampler:
                         max_sequence_tokens,
                         use_cache=self._mode.use_cache,
                     )
-                    texts |= zip(rows, batch, strict=True)
+                    for row, text in zip(rows, batch, strict=True):
+                        keep(row, text)
         return _grouped(texts, generation.samples_per_prompt)
 
     @property
@@ -180,7 +194,8 @@ class LocalSampler:
         max_sequence_tokens: int,
         *,
         lean: bool,
-    ) -> list[SampledText]:
+        keep: Callable[[int, SampledText], None],
+    ) -> None:
         rows = [
             DecodeRow(prompt, min(generation.max_new_tokens, max_sequence_tokens - len(prompt)))
             for prompt, _ in copies
@@ -190,6 +205,25 @@ class LocalSampler:
             each.to(self._device)
             for each in _uniform([generator for _, generator in copies], [row.room for row in rows], widest)
         )
+        decode_rows = partial(
+            decode,
+            self._student.model,
+            rows,
+            end_ids=self._end_ids,
+            max_rows=BATCH_TEXTS,
+            max_tokens=self._max_tokens,
+            device=self._device,
+            lean=lean,
+        )
+        if self._device.type == "cpu":
+            with RowBuffer(self._sampler(generation), len(rows), widest) as buffer:
+
+                def draw_now(rows_B: Tensor, places_B: Tensor, logits_BV: Tensor) -> Tensor:
+                    at = rows_B, places_B.clamp(max=widest - 1)
+                    return buffer.draw(rows_B, places_B, logits_BV, uniform_RT[at], uniform_tail_RT[at])
+
+                decode_rows(draw_now, ended=lambda row, count: keep(row, self._text(buffer.row(row, count))))
+            return
         recorder, taken = TokenRecorder(self._sampler(generation)), []
 
         def draw(rows_B: Tensor, places_B: Tensor, logits_BV: Tensor) -> Tensor:
@@ -197,17 +231,9 @@ class LocalSampler:
             taken.append(rows_B)
             return recorder.draw(logits_BV, uniform_RT[at], uniform_tail_RT[at])
 
-        counts = decode(
-            self._student.model,
-            rows,
-            draw,
-            end_ids=self._end_ids,
-            max_rows=BATCH_TEXTS,
-            max_tokens=self._max_tokens,
-            device=self._device,
-            lean=lean,
-        )
-        return list(self._collected(counts, taken, recorder)) if rows else []
+        counts = decode_rows(draw)
+        for row, text in enumerate(self._collected(counts, taken, recorder) if rows else ()):
+            keep(row, text)
 
     def _collected(
         self, counts: Sequence[int], taken: Sequence[Tensor], recorder: TokenRecorder
@@ -218,7 +244,7 @@ class LocalSampler:
         starts = np.searchsorted(rows[order], np.arange(len(counts)))
         whole = recorder.recorded()
         for start, count in zip(starts.tolist(), counts, strict=True):
-            yield self._text(whole.rows(order[start : start + count]))
+            yield self._text(whole.at(order[start : start + count]))
 
     def _text(self, own: Recorded) -> SampledText:
         return SampledText(
@@ -272,7 +298,7 @@ class LocalSampler:
             # After the first end token, or at the room, a text ends.
             ends = np.flatnonzero(np.isin(tokens_TB[:room, row], self._end_ids))
             length = int(ends[0]) + 1 if ends.size else min(room, len(tokens_TB))
-            yield self._text(whole.rows(np.arange(length) * len(prompts) + row))
+            yield self._text(whole.at(np.arange(length) * len(prompts) + row))
 
 
 def _uniform(

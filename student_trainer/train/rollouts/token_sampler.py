@@ -6,7 +6,7 @@ Axes: B sequences, N positions, V vocabulary, Q likeliest ids, R draws.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.config.schema import RolloutConfig
+from stillhouse.student_trainer.train.rollouts import draws_numba
 
 _BLOCK = 256
 """Ids whose probabilities are summed first: only those of one block need a cumulative sum."""
@@ -59,14 +60,14 @@ class Recorded(NamedTuple):
     draws: NDArray[np.int32]
     draw_logprobs: NDArray[np.float32]
 
-    def rows(self, rows: NDArray[np.int64]) -> Recorded:
-        """Some of the tokens."""
+    def at(self, *places: Any) -> Recorded:
+        """Copies of the tokens at `places`, one of which is an array."""
         return Recorded(
-            tokens=self.tokens[rows],
-            logprobs=self.logprobs[rows],
-            likeliest=self.likeliest[rows],
-            draws=self.draws[rows],
-            draw_logprobs=self.draw_logprobs[rows],
+            tokens=self.tokens[places],
+            logprobs=self.logprobs[places],
+            likeliest=self.likeliest[places],
+            draws=self.draws[places],
+            draw_logprobs=self.draw_logprobs[places],
         )
 
 
@@ -87,14 +88,29 @@ class TokenSampler:
         logits_BV = logits_BV[:, : self.num_valid].float()
         # A sum has no finite value where one of its terms has none.
         is_finite_B = torch.isfinite(logits_BV.sum(-1))
+        probs_BV = self._probs(logits_BV)
+        tokens_B = _inverse_cdf(probs_BV, uniform_B)
+        logprobs_B = probs_BV.gather(-1, tokens_B.unsqueeze(-1)).squeeze(-1).log()
+        return Drawn(tokens=tokens_B, logprobs=logprobs_B, is_finite=is_finite_B)
+
+    def draw_with_probs(self, logits_BV: Tensor, uniform_B: Tensor) -> tuple[Drawn, Tensor]:
+        """As `draw`, for logits on a CPU, with the model's probabilities at temperature 1."""
+        logits_BV = logits_BV[:, : self.num_valid].float()
+        is_finite_B = torch.isfinite(logits_BV.sum(-1))
+        probs_BV = logits_BV.softmax(-1)
+        is_plain = self.generation.temperature == 1 and self.generation.top_p == 1
+        sampled_BV = probs_BV if is_plain else self._probs(logits_BV)
+        tokens_B = torch.from_numpy(draws_numba.draw_tokens(sampled_BV.numpy(), uniform_B.numpy()))
+        logprobs_B = sampled_BV.gather(-1, tokens_B.unsqueeze(-1)).squeeze(-1).log()
+        return Drawn(tokens=tokens_B, logprobs=logprobs_B, is_finite=is_finite_B), probs_BV
+
+    def _probs(self, logits_BV: Tensor) -> Tensor:
+        """Probabilities of the sampling distribution."""
         if self.generation.temperature != 1:
             logits_BV = logits_BV / self.generation.temperature
         if self.generation.top_p < 1:
             logits_BV = _nucleus(logits_BV, self.generation.top_p)
-        probs_BV = logits_BV.softmax(-1)
-        tokens_B = _inverse_cdf(probs_BV, uniform_B)
-        logprobs_B = probs_BV.gather(-1, tokens_B.unsqueeze(-1)).squeeze(-1).log()
-        return Drawn(tokens=tokens_B, logprobs=logprobs_B, is_finite=is_finite_B)
+        return logits_BV.softmax(-1)
 
     def support(self, logits_NV: Tensor, uniform_N: Tensor) -> Support:
         """The likeliest ids of the model, at temperature 1, and draws by such numbers."""
@@ -134,11 +150,7 @@ class TokenRecorder:
         """Everything drawn, row by row. Raises StillhouseError(NON_FINITE) if a logit was not finite."""
         self._take_supports()
         if not bool(torch.cat([each.is_finite for each in self._drawn]).all()):
-            raise StillhouseError(
-                Reason.NON_FINITE,
-                "The student's logits are non-finite while it samples. Lower optimizer.learning_rate, or use "
-                "optimizer.precision: fp32.",
-            )
+            raise non_finite_logits()
         joined = [
             torch.cat(several).cpu().numpy()
             for parts in (self._drawn, self._supports)
@@ -152,6 +164,15 @@ class TokenRecorder:
             logits, uniform = (torch.cat(each) for each in zip(*self._waiting, strict=True))
             self._supports.append(self._sampler.support(logits, uniform))
             self._waiting.clear()
+
+
+def non_finite_logits() -> StillhouseError:
+    """The error of a student whose logits are NaN or infinite."""
+    return StillhouseError(
+        Reason.NON_FINITE,
+        "The student's logits are non-finite while it samples. Lower optimizer.learning_rate, or use "
+        "optimizer.precision: fp32.",
+    )
 
 
 def _stratified(

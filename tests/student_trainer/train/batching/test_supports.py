@@ -179,7 +179,8 @@ def test_a_rollout_records_what_it_was_drawn_from(sampler: LocalSampler) -> None
 def test_any_cut_of_rollouts_draws_the_same(sampler: LocalSampler, pass_tokens: int) -> None:
     prompts = [np.arange(4, 4 + length, dtype=np.int32) for length in (3, 20, 1, 9, 20)]
     generation = RolloutConfig(max_new_tokens=6, samples_per_prompt=2)
-    rooms, seeds = {"max_sequence_tokens": 22}, [1, 2, 3, 4, 5]
+    rooms: dict[str, Any] = {"max_sequence_tokens": 22}
+    seeds = [1, 2, 3, 4, 5]
     expected = sampler.write(prompts, generation, **rooms, seeds=seeds)
     by_tokens = LocalSampler(
         sampler._student,

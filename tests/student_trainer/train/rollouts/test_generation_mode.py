@@ -104,7 +104,8 @@ def test_a_row_that_ends_at_the_last_position_of_the_model_waits_there_for_the_o
     model = transformers.GPT2LMHeadModel(config).eval()
     # The longest two end first, at different times; they are too few to leave the batch.
     prompts = [np.arange(3, 3 + length, dtype=np.int32) for length in (13, 11, *[2] * 22)]
-    settings, limits = RolloutConfig(max_new_tokens=14, samples_per_prompt=1), {"max_sequence_tokens": 16}
+    settings = RolloutConfig(max_new_tokens=14, samples_per_prompt=1)
+    limits: dict[str, Any] = {"max_sequence_tokens": 16}
     seeds = list(range(len(prompts)))
     joint, single = (
         _sampler(model, GenerationMode(True, each)).write(prompts, settings, **limits, seeds=seeds)
