@@ -166,8 +166,8 @@ def _side_by_side(modules: Sequence[Any], size: int) -> Project:
 
 def _linear(weight: Tensor, bias: Tensor | None, *, copies: bool) -> Project:
     device = weight.device.type
-    # Autocast remembers its copies of trained weights alone, and would make those of others for every token.
-    if torch.is_autocast_enabled(device) and not weight.requires_grad:
+    # Autocast remembers its copies of trained weights alone, and would make those of others, copies too, for every token.
+    if torch.is_autocast_enabled(device) and (copies or not weight.requires_grad):
         dtype = torch.get_autocast_dtype(device)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     elif copies and device == "cpu":

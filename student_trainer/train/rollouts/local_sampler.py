@@ -216,13 +216,13 @@ class LocalSampler:
             lean=lean,
         )
         if self._device.type == "cpu":
-            with RowBuffer(self._sampler(generation), len(rows), widest) as buffer:
+            buffer = RowBuffer(self._sampler(generation), len(rows), widest)
 
-                def draw_now(rows_B: Tensor, places_B: Tensor, logits_BV: Tensor) -> Tensor:
-                    at = rows_B, places_B.clamp(max=widest - 1)
-                    return buffer.draw(rows_B, places_B, logits_BV, uniform_RT[at], uniform_tail_RT[at])
+            def draw_now(rows_B: Tensor, places_B: Tensor, logits_BV: Tensor) -> Tensor:
+                at = rows_B, places_B.clamp(max=widest - 1)
+                return buffer.draw(rows_B, places_B, logits_BV, uniform_RT[at], uniform_tail_RT[at])
 
-                decode_rows(draw_now, ended=lambda row, count: keep(row, self._text(buffer.row(row, count))))
+            decode_rows(draw_now, ended=lambda row, count: keep(row, self._text(buffer.row(row, count))))
             return
         recorder, taken = TokenRecorder(self._sampler(generation)), []
 

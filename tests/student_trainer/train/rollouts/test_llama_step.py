@@ -10,11 +10,13 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillhouse.student_trainer.train.rollouts import llama_step
 from stillhouse.student_trainer.train.rollouts.continuous_batch import DecodeRow, decode
 
 CPU = torch.device("cpu")
+SMALLEST_WEIGHT = 32 * 32
 ADAPTERS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "LoRA": {"target_modules": "all-linear", "lora_dropout": 0.5},
@@ -38,6 +40,18 @@ def _model(adapter: dict[str, Any] | None) -> Any:
     for weight in model.parameters():
         weight.data += torch.randn_like(weight) * 0.2
     return model.eval()
+
+
+class _Tokens:
+    """Keys and values of one layer."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        self._kept.append((key_states, value_states))
+        keys, values = zip(*self._kept, strict=True)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
 
 def _decode(model: Any, *, lean: bool) -> dict[tuple[int, int], Tensor]:
@@ -72,6 +86,30 @@ def test_autocast_decodes_in_its_precision() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         lean, expected = (_decode(model, lean=each)[0, 1] for each in (True, False))
     assert (lean - expected).abs().mean() < 0.05 * expected.std()
+
+
+class _Casts(TorchDispatchMode):
+    """Counts copies of matrices in another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func is torch.ops.aten._to_copy.default and args[0].numel() >= SMALLEST_WEIGHT
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("adapter", ["none", "LoRA"])
+def test_autocast_casts_no_weight_for_every_token(adapter: str) -> None:
+    model, ids = _model(ADAPTERS[adapter]), torch.tensor([3, 4])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        step = llama_step.LlamaStep(model, 8)
+        memory = [_Tokens() for _ in range(2)]
+        with _Casts() as casts:
+            for place in range(3):
+                step(ids, torch.full((2,), place), None, memory)
+    assert casts.number == 0
 
 
 def test_models_of_other_shapes_and_with_growing_rotations_keep_their_own_passes() -> None:

@@ -40,9 +40,9 @@ def test_compiled_draws_are_those_of_tensors(
     uniform, places = torch.rand(2, 64, dtype=torch.float64, generator=generator).clamp(max=LARGEST_UNIFORM)
     uniform[0], places[0], uniform[1] = LARGEST_UNIFORM, LARGEST_UNIFORM, 0.0
     sampler = TokenSampler(num_valid=size, num_likeliest=likeliest, num_draws=draws, generation=generation)
-    with RowBuffer(sampler, 64, 1) as buffer:
-        buffer.draw(torch.arange(64), torch.zeros(64, dtype=torch.int64), logits, uniform, places)
-        rows = [buffer.row(row, 1) for row in range(64)]
+    buffer = RowBuffer(sampler, 64, 1)
+    buffer.draw(torch.arange(64), torch.zeros(64, dtype=torch.int64), logits, uniform, places)
+    rows = [buffer.row(row, 1) for row in range(64)]
     tokens, logprobs, *rest = (torch.from_numpy(np.concatenate(each)) for each in zip(*rows, strict=True))
     support = Support(*rest)
     expected, others = sampler.draw(logits, uniform), sampler.support(logits, places)
@@ -73,11 +73,11 @@ def test_a_row_with_a_logit_that_is_not_finite_is_refused() -> None:
     logits = torch.zeros(2, 40)
     logits[1, 7] = torch.nan
     half = torch.full((2,), 0.5, dtype=torch.float64)
-    with RowBuffer(sampler, 2, 1) as buffer:
-        buffer.draw(torch.arange(2), torch.zeros(2, dtype=torch.int64), logits, half, half)
-        assert len(buffer.row(0, 1).tokens) == 1
-        with pytest.raises(StillhouseError, match="non-finite while it samples") as error:
-            buffer.row(1, 1)
+    buffer = RowBuffer(sampler, 2, 1)
+    buffer.draw(torch.arange(2), torch.zeros(2, dtype=torch.int64), logits, half, half)
+    assert len(buffer.row(0, 1).tokens) == 1
+    with pytest.raises(StillhouseError, match="non-finite while it samples") as error:
+        buffer.row(1, 1)
     assert error.value.reason is Reason.NON_FINITE
 
 
