@@ -37,7 +37,7 @@ BASELINES = {
 
 
 @click.command()
-@comparison_options(work=".bench/on-policy", arms=ARMS, minutes=2.5)
+@comparison_options(work=".bench/on-policy", arms=ARMS, minutes=4.0)
 @click.option("--staleness", type=int, help="max_staleness of Stillhouse's arms; the default if not given.")
 @click.option("--steps", default=32, show_default=True, help="Updates.")
 @click.option("--batch", default=16, show_default=True, help="Texts of an update.")
