@@ -155,7 +155,7 @@ def _pytest(
 def test_files_that_share_something_costly_are_dealt_to_one_worker() -> None:
     """A file that a list lacks would start the engine, or the site, a second time in the other worker."""
     words = {
-        "teachers": ("vllm_teacher", "second_runner_teacher", "teacher: Teacher"),
+        "teachers": ("vllm_teacher", "second_runner_teacher", "teacher: Teacher", '_teacher")'),
         "worker_engine": ("engine: VllmEngine",),
         "site": ("open_tab",),
     }

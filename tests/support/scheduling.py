@@ -16,6 +16,7 @@ SHARING: Mapping[str, tuple[str, ...]] = {
         *(f"{_ENGINES}/test_{name}.py" for name in ("adapters", "contract", "generation")),
         "tests/teacher_service/adapters/test_adapters_live.py",
         "tests/integration/test_on_policy_vllm.py",
+        "tests/integration/test_online_run.py",
     ),
     "worker_engine": tuple(f"{_ENGINES}/vllm/test_{name}.py" for name in ("engine", "tiers")),
     "site": tuple(f"tests/client/web/browser/test_{name}.py" for name in ("new_run", "runs", "tokens")),

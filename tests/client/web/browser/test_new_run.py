@@ -36,7 +36,7 @@ def test_a_run_is_created_from_the_form(open_tab: OpenTab, site: Site) -> None:
     page.locator(field(page, "optimizer.max_steps")).fill("4")
     page.locator("#settings summary", has_text="General").click()
     page.locator(field(page, "display_name")).fill("from the form")
-    page.locator(field(page, "labels")).fill("team: a\nkind: form")
+    page.locator(field(page, "labels")).fill("project: a\nkind: form")
     page.keyboard.press("Tab")
     expect(verdict).to_have_text(VALID)
     expect(page.get_by_role("region", name="Command line")).to_contain_text("--set optimizer.max_steps=4")
@@ -48,7 +48,7 @@ def test_a_run_is_created_from_the_form(open_tab: OpenTab, site: Site) -> None:
     page.get_by_role("button", name="Create run").click()
     expect(page.get_by_role("heading", name="from the form")).to_be_visible()
     run = page.url.rpartition("/")[2]
-    assert site.run(run)["spec"]["labels"] == {"team": "a", "kind": "form"}
+    assert site.run(run)["spec"]["labels"] == {"project": "a", "kind": "form"}
     assert site.wait_ended(run) == "COMPLETED"
     expect(page.locator("#head .state")).to_have_text("completed")
 

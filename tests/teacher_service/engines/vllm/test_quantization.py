@@ -94,7 +94,8 @@ def test_packed_bits_mean_the_same_to_vllm(models: Models, tmp_path: Path, layou
         torch.testing.assert_close((quants_IO - ZERO) * scales_IO, meant[f"{name}weight"].T, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("layout", ["awq", pytest.param("gptq", marks=pytest.mark.slow)])
+@pytest.mark.slow  # `make test` compares the bits that both layouts mean, without an engine
+@pytest.mark.parametrize("layout", ["awq", "gptq"])
 def test_a_four_bit_checkpoint_scores_like_its_dequantised_weights(
     models: Models, tmp_path: Path, layout: Layout
 ) -> None:
