@@ -25,6 +25,9 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+# Programs that tests start some hundred times keep the bytecode of this tree, else each compiles all of it.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 from tests.support.privileges import NOT_ALLOWED  # noqa: E402
 from tests.support.processes import (  # noqa: E402
     SESSION_MARK,

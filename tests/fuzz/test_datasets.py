@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -126,6 +125,8 @@ def table(path: Path, rng: random.Random) -> None:
 
 def saved(path: Path, rng: random.Random) -> None:
     """A directory of Hugging Face datasets, with one of its files damaged."""
+    import datasets
+
     datasets.Dataset.from_list([{"text": "a house"}, {"text": "by a river"}]).save_to_disk(str(path))
     file = rng.choice(sorted(path.iterdir()))
     data = bytearray(file.read_bytes())

@@ -43,11 +43,12 @@ def watched_test(patience_s: float = 5.0) -> Iterator[None]:
     """Fails if a process that inherited this process's environment in the block outlives it; kills it in any case."""
     mark = uuid.uuid4().hex
     os.environ[TEST_MARK] = mark
+    earlier = frozenset(Path("/proc").iterdir())
     try:
         yield
     finally:
         os.environ.pop(TEST_MARK, None)
-        left = end_marked(mark, TEST_MARK, patience_s=patience_s)
+        left = end_marked(mark, TEST_MARK, patience_s=patience_s, earlier=earlier)
     assert not left, f"processes outlived their test: {left}"
 
 
@@ -69,22 +70,29 @@ def inherit_interrupts() -> None:
         signal.signal(signal.SIGINT, lambda number, frame: None)
 
 
-def end_marked(mark: str, variable: str = MARK, *, patience_s: float = 0.0) -> dict[int, str]:
+def end_marked(
+    mark: str, variable: str = MARK, *, patience_s: float = 0.0, earlier: frozenset[Path] = frozenset()
+) -> dict[int, str]:
     """Waits for the processes with this mark to end, kills the others, and returns these."""
     deadline = time.monotonic() + patience_s
-    while (left := marked_processes(mark, variable)) and time.monotonic() < deadline:
+    while (left := marked_processes(mark, variable, earlier)) and time.monotonic() < deadline:
         time.sleep(0.05)
     for pid in left:
         kill(pid)
     return left
 
 
-def marked_processes(mark: str, variable: str = MARK) -> dict[int, str]:
-    """Pid to command line of the live processes whose environment carries `mark`, whoever their parent is."""
+def marked_processes(
+    mark: str, variable: str = MARK, earlier: frozenset[Path] = frozenset()
+) -> dict[int, str]:
+    """Pid to command line of the live processes whose environment carries `mark`, whoever their parent is.
+
+    Entries of /proc in `earlier` are not looked at: after each of some thousand tests that takes longer than many a test.
+    """
     needle = f"{variable}={mark}".encode()
     found = {}
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+        if entry in earlier or not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
             if needle in (entry / "environ").read_bytes().split(b"\0"):

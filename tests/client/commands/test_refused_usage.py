@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from stillhouse.client.cli import cli
 from stillhouse.client.terminal import prompt_input
+from stillhouse.protos.errors import StillhouseError
 
 NOBODY = ("--teacher", "127.0.0.1:1", "--trainer", "127.0.0.1:1")
 ROWS = '{"prompt": "a", "completion": "b"}\n'
@@ -20,6 +22,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder, with files of rows and of texts."""
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text(ROWS)
+    Path("many.jsonl").write_text(ROWS * 20)
     Path("token-rows.jsonl").write_text('{"token_ids": [1, 2]}\n')
     Path("empty.jsonl").write_text("")
     Path("two.txt").write_text("a\nb\n")
@@ -54,24 +57,19 @@ def invoke(*arguments: str, stdin: str | None = None) -> Result:
         ("generate --in rows.jsonl --out rows.jsonl", "rows.jsonl is the input, too. Choose another --out."),
         ("generate --in rows.jsonl", "--in FILE needs --out FILE, and excludes PROMPT and --file."),
         (
-            "score scores.jsonl",
-            "scores.jsonl:1: id expects text or a whole number, and adapter expects text.",
-        ),
-        ("score latin.txt", "latin.txt is not UTF-8; save it as UTF-8."),
-        (
             "data inspect rows.jsonl --column question",
             '--column expects FIELD=NAME, such as prompt=question; "question" is none.',
         ),
         (
-            "data parse rows.jsonl --out out.jsonl --no-tags --tag answer",
+            "data parse --in rows.jsonl --out out.jsonl --no-tags --tag answer",
             "--no-tags excludes --tag and --optional-tag.",
         ),
         (
-            "data parse rows.jsonl --out out.jsonl --text a",
-            "a is no field; write NAME:TYPE, with a type of",
+            "data parse --in rows.jsonl --out out.jsonl --field a",
+            "'a' is no field; write NAME:TYPE, with a type of text, int, float, bool, json.",
         ),
         (
-            "data parse rows.jsonl --out out.jsonl --regex a:int:(",
+            "data parse --in rows.jsonl --out out.jsonl --regex-field a:int=(",
             "the pattern of a is no regular expression",
         ),
         (
@@ -82,22 +80,22 @@ def invoke(*arguments: str, stdin: str | None = None) -> Result:
             "data mix 50:30:20 rows.jsonl rows.jsonl --out out.jsonl",
             "there are 3 shares for 2 pools. Give one share for each.",
         ),
-        ("data mix rows.jsonl rows.jsonl --out rows.jsonl", "rows.jsonl is read and would be overwritten."),
+        ("data mix many.jsonl many.jsonl --out many.jsonl", "many.jsonl is read and would be overwritten."),
         (
             "data mix rows.jsonl empty.jsonl --out out.jsonl",
             "empty.jsonl has no rows. Write some, or leave it out.",
         ),
         (
-            "data export-prompts rows.jsonl --compat --out out.jsonl",
+            "data export-prompts --in rows.jsonl --compat --out out.jsonl",
             "--compat needs --out-dir DIR and --stem NAME, and excludes --out.",
         ),
         (
-            "data export-prompts rows.jsonl --stem a",
+            "data export-prompts --in rows.jsonl --stem a",
             "give --out FILE; --out-dir and --stem belong to --compat.",
         ),
         (
-            "data export-prompts token-rows.jsonl --out out.jsonl",
-            "has no prompt. Give rows with prompt or messages.",
+            "data export-prompts --in token-rows.jsonl --out out.jsonl",
+            "token-rows.jsonl, row 1, field prompt: is missing: a row has messages, prompt or text",
         ),
         (
             "token create --file t.json --name a --scope infer --expires 12",
@@ -116,15 +114,27 @@ def test_what_does_not_go_together_is_one_sentence(folder: Path, arguments: str,
 def test_a_text_that_is_too_long_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompt_input, "MAX_TEXT_BYTES", 3)
     done = invoke("generate", "--file", "two.txt")
-    assert (done.exit_code, done.output.strip()) == (2, "error: two.txt is larger than 3 bytes; split it.")
-    assert invoke("generate", stdin="a\nbc").output.strip() == "error: - is larger than 3 bytes; split it."
+    assert (done.exit_code, done.output.strip()) == (2, "Error: two.txt is larger than 3 bytes; split it.")
+    assert invoke("generate", stdin="a\nbc").output.strip() == "Error: - is larger than 3 bytes; split it."
+
+
+@pytest.mark.parametrize(
+    ("file", "sentence"),
+    [
+        ("scores.jsonl", "scores.jsonl:1: id expects text or a whole number, and adapter expects text."),
+        ("latin.txt", "latin.txt is not UTF-8; save it as UTF-8."),
+        ("nowhere.jsonl", "nowhere.jsonl"),
+    ],
+)
+def test_sequences_to_score_are_refused_with_their_place(folder: Path, file: str, sentence: str) -> None:
+    with pytest.raises(StillhouseError, match=re.escape(sentence)):
+        list(prompt_input.score_items(str(folder / file), ""))
 
 
 def test_a_batch_goes_on_in_files_of_its_own_alone(folder: Path) -> None:
     """A journal of another program, and an output that was shortened, are no places to resume from."""
     from stillhouse.client.batch.journal import Header, Journal, JournalState, Position
     from stillhouse.client.batch.ordered_output import Output, OutputPaths
-    from stillhouse.protos.errors import StillhouseError
 
     paths = OutputPaths(out=folder / "out.jsonl")
     header = Header(settings={}, teacher={}, started_s=1)
