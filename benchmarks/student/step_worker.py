@@ -159,8 +159,9 @@ def _ours(chunk: int, sizes: Sizes) -> Loss:
             chunk_logits=chunk * sizes.vocabulary,
             workspace=workspace,
             matmul_dtype=_matmul_dtype(sizes),
+            upstream=1 / sizes.positions,
         )
-        return total.loss_sum / sizes.positions
+        return total.loss_sum * (1 / sizes.positions)
 
     return loss
 

@@ -233,14 +233,14 @@ class Stepper:
             self._in_pass, self._packed = group, each.packed
             loss = self._losses[group[0].context]
             batch = self._collate(group, factors, chunk_scale, packed=each.packed)
-            summed = self._objective(batch, loss)
+            summed = self._objective(batch, loss, upstream=1 / denominator)
             weight = batch.positions.weights.sum().item() / denominator
             for name, value in {"loss": summed.loss_sum.detach(), **summed.parts}.items():
                 sums[name] += value.item() / _gradient_scale(name, loss) / denominator  # type: ignore[assignment]  # a Counter of floats
                 shares[name] += 1.0 if name == "loss" else weight  # type: ignore[assignment]
             if not math.isfinite(sums["loss"]):
                 break
-            self._accelerator.backward(summed.loss_sum / denominator)
+            self._accelerator.backward(summed.loss_sum * (1 / denominator))
         self._in_pass = ()
         return self._means(sums, shares)
 
@@ -303,8 +303,8 @@ class Stepper:
         self._prepared.zero_grad()
         return norm
 
-    def _objective(self, batch: MicroBatch, loss: LossConfig) -> ObjectiveSum:
-        """The objective of a micro-batch; fused with the output layer if that is plain."""
+    def _objective(self, batch: MicroBatch, loss: LossConfig, *, upstream: float = 1.0) -> ObjectiveSum:
+        """The objective of a micro-batch; fused with the output layer if that is plain. `upstream` as in `fused_objective`."""
         layer = self.head.layer
         compares = loss.compares_hidden and batch.states is not None
         if batch.chunks is not None:
@@ -322,6 +322,7 @@ class Stepper:
                     vocab_size=self._vocab_size,
                     workspace=self._workspace,
                     matmul_dtype=self._matmul_dtype,
+                    upstream=upstream,
                 )
                 return add_hidden_mse(summed, self._student, states, batch, loss=loss, hidden=hidden)
             logits, states = (

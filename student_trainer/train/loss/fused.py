@@ -55,12 +55,14 @@ def fused_objective(
     chunk_logits: int | None = None,
     workspace: Workspace | None = None,
     matmul_dtype: torch.dtype | None = None,
+    upstream: float = 1.0,
 ) -> ObjectiveSum:
     """Computes `objective` from hidden states, with gradients for `hidden`, the weight and the bias.
 
     At most max(`chunk_logits`, V) logits exist at a time. The matmul runs in `matmul_dtype`, by default autocast's
     dtype if it is on, else the weight's; everything after it in float32 or wider. Positions of weight 0 add nothing,
-    even if `hidden` is non-finite there. Repeated calls should pass the same `workspace`.
+    even if `hidden` is non-finite there. Repeated calls should pass the same `workspace`. `upstream` is the gradient that
+    the backward pass is going to bring, as far as the caller knows it: gradients that have it already are not scaled again.
     """
     if chunk_logits is None:
         chunk_logits = CPU_CHUNK_LOGITS if hidden.device.type == "cpu" else GPU_CHUNK_LOGITS
@@ -72,6 +74,7 @@ def fused_objective(
         with_gradients=torch.is_grad_enabled(),
         workspace=workspace or Workspace(),
         matmul_dtype=matmul_dtype,
+        upstream=upstream,
     )
     keep = positions.weights[0] > 0
     if not bool(keep.all()):
@@ -92,6 +95,7 @@ class _FusedCall:
     with_gradients: bool
     workspace: Workspace
     matmul_dtype: torch.dtype | None
+    upstream: float
     parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -104,11 +108,14 @@ class _Fused(torch.autograd.Function):
         native = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         dtype = call.matmul_dtype or native
         wants = [call.with_gradients and wanted for wanted in ctx.needs_input_grad[:3]]
+        if dtype == torch.float16:
+            # Its smallest numbers are those of gradients that are not divided yet.
+            call.upstream = 1.0
         with torch.autocast(device, enabled=False):
             totals, gradients = _sum_chunks(hidden.to(dtype), weight, bias, call, wants)
         if gradients.hidden is not None:
             gradients.hidden = gradients.hidden.to(hidden.dtype)
-        ctx.gradients = gradients
+        ctx.gradients, ctx.upstream = gradients, call.upstream
         call.parts = totals.parts
         return totals.loss_sum
 
@@ -116,11 +123,13 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "a fused objective is differentiated once"
-        scaled = [
-            None if each is None else each.mul_(upstream[0].to(each.dtype))
-            for each in (gradients.hidden, gradients.weight, gradients.bias)
-        ]
-        return (*scaled, None)
+        found = (gradients.hidden, gradients.weight, gradients.bias)
+        known = torch.full_like(upstream[0], ctx.upstream)
+        # A look at the value would wait for a device; on a CPU it saves a pass over the weight's gradient.
+        if upstream[0].device.type == "cpu" and bool(upstream[0] == known):
+            return (*found, None)
+        factor = upstream[0] / known
+        return (*(None if each is None else each.mul_(factor.to(each.dtype)) for each in found), None)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -222,7 +231,7 @@ def _chunk_objective(
     )
     temperature = readout_temperature(config)
     if teacher is not None and teacher.token_ids is None:
-        return _dense_chunk_objective(chunk, positions, teacher, config, differentiate=differentiate), None
+        return _dense_chunk_objective(chunk, positions, teacher, call, differentiate=differentiate), None
     values = chunk.read_out(positions.target_ids, teacher, temperature, differentiate=differentiate)
     leaves = [each.detach().requires_grad_(differentiate) for each in values if each is not None]
     with torch.set_grad_enabled(differentiate):
@@ -230,7 +239,8 @@ def _chunk_objective(
         summed = objective_of(readout, teacher, positions, config)
     row_factors = None
     if differentiate:
-        grads = torch.autograd.grad(summed.loss_sum, leaves, allow_unused=True, materialize_grads=True)
+        known = torch.full_like(summed.loss_sum, call.upstream)
+        grads = torch.autograd.grad(summed.loss_sum, leaves, known, allow_unused=True, materialize_grads=True)
         row_factors = chunk.differentiate(grads[0] if teacher is not None else None, grads[-1])
     return ObjectiveSum(loss_sum=summed.loss_sum.detach(), parts=summed.parts), row_factors
 
@@ -239,11 +249,12 @@ def _dense_chunk_objective(
     chunk: LogitChunk,
     positions: Positions,
     teacher: TeacherBuckets,
-    config: LossConfig,
+    call: _FusedCall,
     *,
     differentiate: bool,
 ) -> ObjectiveSum:
     """Computes a chunk's objective over dense targets: the readout is as large as the logits, and autograd differentiates it."""
+    config = call.config
     logits = chunk.logits.detach().unsqueeze(0).requires_grad_(differentiate)
     with torch.set_grad_enabled(differentiate):
         readout = read_out(
@@ -251,6 +262,7 @@ def _dense_chunk_objective(
         )
         summed = objective_of(readout, teacher, positions, config)
     if differentiate:
-        (gradient,) = torch.autograd.grad(summed.loss_sum, logits)
+        known = torch.full_like(summed.loss_sum, call.upstream)
+        (gradient,) = torch.autograd.grad(summed.loss_sum, logits, known)
         chunk.logits.copy_(gradient[0])
     return ObjectiveSum(loss_sum=summed.loss_sum.detach(), parts=summed.parts)

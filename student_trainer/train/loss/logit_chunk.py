@@ -1,8 +1,8 @@
 """One chunk of logits in reused memory: read out, then overwritten in place by their gradient.
 
-Exponentials are taken in float32 at least, in blocks of rows that fit a processor's cache. At temperature 1 they are
-taken once: they replace the logits, and the gradient is these times one factor per row, which the caller may instead
-apply to a smaller operand of its matmul.
+Exponentials are taken in float32 at least: on a CPU by compiled code, elsewhere and for small vocabularies in blocks of rows.
+At temperature 1 they are taken once: they replace the logits, and the gradient is these times one factor per row, which the
+caller may instead apply to a smaller operand of its matmul.
 Axes: C positions of the chunk, R of a block, V vocabulary, H hidden units, K kept tokens, S = K + 1 buckets.
 """
 
@@ -10,17 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from stillhouse.student_trainer.train.loss.readout import Readout
+from stillhouse.student_trainer.train.loss.row_threads import RowThreads
 from stillhouse.student_trainer.train.loss.sparse import FORBIDDEN_LOGPROB, TeacherBuckets, charge_forbidden
 from stillhouse.student_trainer.train.loss.workspace import Workspace
 
 BLOCK_LOGITS = 2**19
 """Logits of a block on a CPU: 2 MiB in float32."""
+COMPILED_VOCAB = 2048
+"""Smallest vocabulary that repays the second of compilation."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,11 +48,12 @@ class _ForwardState:
 
 
 class LogitChunk:
-    """Memory for C rows of logits, and the block in which their exponentials are taken."""
+    """Memory for C rows of logits, and the block in which their exponentials are taken, or the threads of compiled code."""
 
-    def __init__(self, memory: Tensor, block: Tensor) -> None:
+    def __init__(self, memory: Tensor, block: Tensor, threads: RowThreads | None) -> None:
         self._memory = memory
         self._block = block
+        self._threads = threads
         self._state: _ForwardState | None = None
         self.logits: Float[Tensor, "C V"] = memory
         """Rows filled last; after `differentiate` their gradient, up to the row factors that it returns."""
@@ -68,9 +74,11 @@ class LogitChunk:
         threads = torch.get_num_threads()
         wanted = max(1, BLOCK_LOGITS // (threads * num_logits)) * threads
         block_rows = min(num_rows, wanted) if on_cpu else num_rows
+        compiled = on_cpu and dtype in (torch.bfloat16, torch.float32) and num_logits >= COMPILED_VOCAB
         return cls(
             workspace.empty("logits", (num_rows, num_logits), dtype, device),
-            torch.empty(block_rows, num_logits, dtype=wide, device=device),
+            torch.empty(0 if compiled else block_rows, num_logits, dtype=wide, device=device),
+            RowThreads(threads, rows_per_piece=max(1, BLOCK_LOGITS // num_logits)) if compiled else None,
         )
 
     def compute_logits(
@@ -202,8 +210,10 @@ class LogitChunk:
     ) -> tuple[Float[Tensor, "C 1"], Float[Tensor, "C 1"] | None]:
         """Logsumexp of the logits / temperature; -inf for a row of -inf.
 
-        With `keep` the logits become exponentials, 1 at a row's maximum, and their sums are returned as well.
+        With `keep` the logits become exponentials, at a row's maximum 1, or e^40 at most, and their sums are returned as well.
         """
+        if self._threads is not None:
+            return self._compiled_logsumexp(self._threads, temperature, keep=keep)
         logsumexps = self._block.new_empty(self.logits.shape[0], 1)
         sums = torch.empty_like(logsumexps)
         for rows, block in self._blocks(temperature, overwrite=keep):
@@ -217,6 +227,27 @@ class LogitChunk:
                 self.logits[rows] = block
         return logsumexps, sums if keep else None
 
+    def _compiled_logsumexp(
+        self, threads: RowThreads, temperature: float, *, keep: bool
+    ) -> tuple[Float[Tensor, "C 1"], Float[Tensor, "C 1"] | None]:
+        from stillhouse.protos.tensors.exponentials_numba import exponentials
+
+        num_rows = self.logits.shape[0]
+        references, sums = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.float64)
+        threads.run(
+            num_rows,
+            partial(
+                exponentials,
+                _bits(self.logits),
+                scale=1 / temperature,
+                keep=keep,
+                references_R=references.numpy(),
+                sums_R=sums.numpy(),
+            ),
+        )
+        logsumexps = (sums.log() + references.double() / temperature).float().unsqueeze(-1)
+        return logsumexps, sums.float().unsqueeze(-1) if keep else None
+
     def _write_rest_gradient(
         self,
         grad_rest_logits: Float[Tensor, "C 1"],
@@ -226,6 +257,16 @@ class LogitChunk:
     ) -> None:
         """Replaces each logit by grad_rest_logits x its share of the rest, minus plain_share x q at temperature 1."""
         log_rest = state.log_rest.masked_fill(torch.isneginf(state.log_rest), 0.0)
+        if self._threads is not None:
+            from stillhouse.protos.tensors.exponentials_numba import shares
+
+            plain = torch.zeros_like(log_rest) if plain_share is None else plain_share
+            columns = (log_rest, grad_rest_logits, state.log_total_plain, plain)
+            by_row = [each.flatten().contiguous().numpy() for each in columns]
+            self._threads.run(
+                self.logits.shape[0], partial(shares, _bits(self.logits), by_row, scale=1 / state.temperature)
+            )
+            return
         for rows, block in self._blocks(state.temperature):
             block.sub_(log_rest[rows]).exp_().mul_(grad_rest_logits[rows])
             if plain_share is not None:
@@ -247,6 +288,13 @@ class LogitChunk:
             if not overwrite or block.dtype != self._block.dtype:
                 block = self._block[: rows.stop - first].copy_(block)
             yield rows, block if temperature == 1.0 else block.div_(temperature)
+
+
+def _bits(logits: Float[Tensor, "C V"]) -> Any:
+    """The logits' memory as an array: float32, or the bits of bfloat16."""
+    array = (logits.view(torch.uint16) if logits.dtype == torch.bfloat16 else logits).detach().numpy()
+    assert array.flags.c_contiguous
+    return array
 
 
 class _KeptTokens:
