@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from stillhouse.protos.tensors.compiled_loop import compiled_loop
-from stillhouse.protos.tensors.prefetch_numba import fetch
+from stillhouse.protos.tensors.instructions_numba import fetch, wide_vectors
 
 _BLOCK = 1024
 """Logits that are widened at a time, in the first cache: summed in float32, blocks in double precision."""
@@ -56,6 +56,7 @@ def shares(logits_RV: Any, by_row: Sequence[Any], rows: slice, *, scale: float) 
 def _replace(  # noqa: PLR0917
     logits_RV: Any, bits: Any, scale: Any, keep: Any, references_R: Any, sums_R: Any
 ) -> None:
+    wide_vectors()
     block = np.empty(_BLOCK, np.float32)
     for row in range(len(logits_RV)):
         logits_V, reference, total = logits_RV[row], _NOTHING, 0.0
@@ -85,6 +86,7 @@ def _replace(  # noqa: PLR0917
 def _replace_by_shares(  # noqa: PLR0917
     logits_RV: Any, bits: Any, scale: Any, log_rest_R: Any, rest_R: Any, log_total_R: Any, plain_R: Any
 ) -> None:
+    wide_vectors()
     block = np.empty(_BLOCK, np.float32)
     for row in range(len(logits_RV)):
         logits_V = logits_RV[row]
@@ -112,6 +114,7 @@ def _power(exponent: Any) -> Any:
 
 def _sum_of_powers(block: Any, count: Any, reference: Any, scale: Any) -> Any:
     """Replaces logits by powers; their sum."""
+    wide_vectors()
     total = _ZERO
     for place in range(count):
         power = _power(np.float32((block[place] - reference) * scale))
@@ -128,6 +131,7 @@ _sum_powers = compiled_loop(
 @_compiled
 def _highest(block: Any, count: Any) -> Any:
     """The highest number, compared as integers of the same order; a NaN counts as high or low by its sign."""
+    wide_vectors()
     highest = np.int32(~_MAGNITUDE)
     for place in range(count):
         number = np.float32(block[place]).view(np.int32)
@@ -139,6 +143,7 @@ def _highest(block: Any, count: Any) -> Any:
 @_compiled
 def _load(part: Any, bits: Any, block: Any) -> None:
     """Widens a part of a row."""
+    wide_vectors()
     if bits:
         for place in range(part.size):
             block[place] = _wide(part[place])
@@ -150,6 +155,7 @@ def _load(part: Any, bits: Any, block: Any) -> None:
 @_compiled
 def _store(part: Any, bits: Any, block: Any) -> None:
     """Rounds a part of a row."""
+    wide_vectors()
     if bits:
         for place in range(part.size):
             part[place] = _narrow(block[place])
@@ -175,7 +181,6 @@ def _wide(bits: Any) -> Any:
 
 @_compiled
 def _narrow(number: Any) -> Any:
-    """Bits of the nearest bfloat16, of two the even one."""
+    """Bits of the nearest bfloat16, of two the larger one."""
     bits = np.float32(number).view(np.uint32)
-    odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
-    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+    return np.uint16(np.uint32(bits + np.uint32(0x8000)) >> np.uint32(16))

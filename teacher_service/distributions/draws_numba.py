@@ -73,9 +73,10 @@ def _fill_block(  # noqa: PLR0917 - compiled code takes no keywords
 ) -> None:
     """Fills in the exponentials of a block of ids from `begin` on, 0 for excluded ones and behind the last, and the cumulative
     sums behind each part."""
-    count = min(SUM_BLOCK, len(logits_V) - begin)
+    logits = logits_V[begin : begin + SUM_BLOCK]
+    count = logits.size
     for place in range(count):
-        logit = logits_V[begin + place]
+        logit = logits[place]
         exps[place] = exponential((logit - highest) * scale) if logit <= highest else np.float32(0.0)
     exps[count:] = np.float32(0.0)
     for token in excluded:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stillhouse.protos.tensors.compiled_loop import compiled_loop
+from stillhouse.protos.tensors.instructions_numba import wide_vectors
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
@@ -32,7 +33,9 @@ _LEAST_KEY = ~0x7F7FFFFF
 _LOG2_E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
 _P0, _P1, _P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
 _P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
-_HALF, _ONE, _ZERO, _NOTHING = np.float32(0.5), np.float32(1.0), np.float32(0.0), np.float32(-87.0)
+_ONE, _ZERO, _NOTHING = np.float32(1.0), np.float32(0.0), np.float32(-87.0)
+_ROUNDING, _BITS_OF_ONE = np.float32(3 * 2**22), np.int32(0x3F800000)
+"""The first, added to a number, leaves the nearest integer in the lowest bits."""
 
 
 class Sums(NamedTuple):
@@ -83,15 +86,18 @@ def compiled(function: Callable[..., Any]) -> Any:
     return compiled_loop(function, fastmath={"reassoc", "nsz", "contract"})
 
 
-@compiled
-def exponential(x: Any) -> Any:
+def _exponential(x: Any) -> Any:
     """e^x in float32, for x up to 0; below -87 it is e^-87."""
-    x = min(max(x, _NOTHING), _ZERO)
-    n = np.int32(x * _LOG2_E - _HALF)
-    r = x - np.float32(n) * _LN2_HIGH - np.float32(n) * _LN2_LOW
+    x = x if x > _NOTHING else _NOTHING  # one instruction, where `max` takes several for NaN
+    shifted = np.float32(x * _LOG2_E + _ROUNDING)
+    n = np.float32(shifted - _ROUNDING)
+    r = x - n * _LN2_HIGH - n * _LN2_LOW
     p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
-    power = np.int32((n + np.int32(127)) << np.int32(23)).view(np.float32)
+    power = np.int32(np.int32(shifted.view(np.int32) << np.int32(23)) + _BITS_OF_ONE).view(np.float32)
     return (p * r * r + r + _ONE) * power
+
+
+exponential = compiled_loop(_exponential, fastmath={"nsz", "contract"})  # rounding needs its order of sums
 
 
 @compiled
@@ -105,6 +111,7 @@ def _key(logit: Any) -> Any:
 def _fill(  # noqa: PLR0917 - compiled code takes no keywords
     logits_TV: Any, block: int, ids: Any, values: Any, head: Any, rest: Any, following: Any, sums: Any
 ) -> None:
+    wide_vectors()
     vocab_size, top_k = logits_TV.shape[1], ids.shape[1]
     highest = np.empty((vocab_size + block - 1) // block, np.int32)
     order = np.empty_like(highest)
@@ -129,6 +136,7 @@ def _fill(  # noqa: PLR0917 - compiled code takes no keywords
 
 @compiled
 def _fill_sums(logits_TV: Any, excluded_TK: Any, scale: Any, highest: Any, sums: Any) -> None:
+    wide_vectors()
     for row in range(len(logits_TV)):
         _sum_others(logits_TV[row], excluded_TK[row], highest[row], scale, sums[row])
 
@@ -136,12 +144,14 @@ def _fill_sums(logits_TV: Any, excluded_TK: Any, scale: Any, highest: Any, sums:
 @compiled
 def _highest_of_blocks(logits_V: Any, block: int, highest: Any) -> Any:
     """Fills in the highest key of each block; returns the lowest key of all."""
+    wide_vectors()
     lowest = np.int32(_LOW_BITS)
     for index in range(len(highest)):
+        part = logits_V[index * block : (index + 1) * block]
         top = np.int32(~_LOW_BITS)
-        for logit in logits_V[index * block : (index + 1) * block]:
-            key = _key(logit)
-            top, lowest = max(top, key), min(lowest, key)
+        for place in range(part.size):  # not over the numbers themselves, which numba fetches one by one
+            key = _key(part[place])
+            top, lowest = np.int32(max(top, key)), np.int32(min(lowest, key))
         highest[index] = top
     return lowest
 
@@ -206,9 +216,11 @@ def _sum_others(logits_V: Any, excluded: Any, highest: Any, scale: Any, sums: An
 
     In float32 within a block, in double over blocks.
     """
+    wide_vectors()
     for block in range(len(sums)):
-        part = _ZERO
-        for logit in logits_V[block * SUM_BLOCK : (block + 1) * SUM_BLOCK]:
+        logits, part = logits_V[block * SUM_BLOCK : (block + 1) * SUM_BLOCK], _ZERO
+        for place in range(logits.size):
+            logit = logits[place]
             part += exponential((logit - highest) * scale) if logit <= highest else _ZERO
         sums[block] = part
     for token in excluded:

@@ -31,7 +31,7 @@ from stillhouse.student_trainer.train.loss.readout import Readout, read_out
 from stillhouse.student_trainer.train.loss.sparse import TeacherBuckets
 from stillhouse.student_trainer.train.loss.workspace import Workspace
 
-CPU_CHUNK_LOGITS = 2**25
+CPU_CHUNK_LOGITS = 2**26
 """Logits held at a time on a CPU."""
 GPU_CHUNK_LOGITS = 2**28
 """Logits held at a time on a GPU, which small chunks would leave idle."""
