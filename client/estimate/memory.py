@@ -21,7 +21,7 @@ ROWS = 8
 """Rows of an update, or of a forward pass in a file that cuts by rows, where the file does not say."""
 AUTO_TOKENS: Mapping[str, int] = {"cpu": 4096, "gpu": 16384}
 """Tokens of a forward pass at most, where the file leaves them to the training process."""
-CPU_CHUNK_LOGITS, GPU_CHUNK_LOGITS = 2**25, 2**28
+CPU_CHUNK_LOGITS, GPU_CHUNK_LOGITS = 2**26, 2**28
 PROCESS_BYTES: Mapping[str, int] = {"cpu": 600 * 2**20, "gpu": 900 * 2**20}
 """Bytes of a training process without a model: libraries, and on a GPU its context."""
 SLACK = 0.1
