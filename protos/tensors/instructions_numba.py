@@ -25,7 +25,7 @@ def fetch(array: Any, begin: Any, count: Any) -> None:
         _prefetch(array, index)
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def wide_vectors(typing_context: Any) -> Any:  # noqa: ARG001 - numba's protocol
     """Lets the calling function be compiled with vectors of 512 bits, where LLVM prefers 256 for some processors.
 
@@ -41,7 +41,7 @@ def wide_vectors(typing_context: Any) -> Any:  # noqa: ARG001 - numba's protocol
     return types.void(), generate
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def _prefetch(typing_context: Any, array: Any, index: Any) -> Any:  # noqa: ARG001
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         memory = context.make_array(signature.args[0])(context, builder, arguments[0]).data

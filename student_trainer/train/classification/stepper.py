@@ -45,8 +45,8 @@ class ClassStepper(Stepper):
             temperature=self._losses[group[0].context].temperature,
         )
 
-    def _objective(self, batch: MicroBatch, loss: LossConfig) -> ObjectiveSum:
-        summed = super()._objective(batch, loss)
+    def _objective(self, batch: MicroBatch, loss: LossConfig, *, upstream: float = 1.0) -> ObjectiveSum:
+        summed = super()._objective(batch, loss, upstream=upstream)
         unknown = _OF_TEXT if self._is_labelled else {*_OF_TEXT, "cross_entropy"}
         parts = {name: value for name, value in summed.parts.items() if name not in unknown}
         return replace(summed, parts=parts)
