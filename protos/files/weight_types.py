@@ -8,7 +8,8 @@ from pathlib import Path
 
 from stillhouse.protos.files.weight_names import listed
 
-_PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
+PLAIN_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
+"""Types whose values are those of the weights."""
 
 
 def unscaled_weights(directory: Path, types: Mapping[str, tuple[str, int]]) -> str:
@@ -20,7 +21,7 @@ def unscaled_weights(directory: Path, types: Mapping[str, tuple[str, int]]) -> s
     codes = {
         name: kind
         for name, (kind, num_axes) in types.items()
-        if kind not in _PLAIN and num_axes > 1 and name.endswith(".weight")
+        if kind not in PLAIN_TYPES and num_axes > 1 and name.endswith(".weight")
     }
     if not codes or _names_quantisation(directory):
         return ""

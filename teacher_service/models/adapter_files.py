@@ -11,9 +11,9 @@ from pathlib import Path
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.files.adapter import CONFIG, FILES
 from stillhouse.protos.files.adapter_config import CHANGING_INITS, AdapterConfigError, check_lora_config
+from stillhouse.protos.files.weight_types import PLAIN_TYPES
 
 MAX_NAME_CHARS = 128
-_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def check_ranks(name: str, directory: Path) -> None:
@@ -39,7 +39,7 @@ def check_ranks(name: str, directory: Path) -> None:
     if not shapes:
         raise adapter_invalid(name, f"its {FILES[1]} holds no weights")
     for key, dtype in dtypes.items():
-        if dtype not in _DTYPES:
+        if dtype not in PLAIN_TYPES:
             raise adapter_invalid(
                 name, f"its weight {key} is of type {dtype}; save it in float32, bfloat16 or float16"
             )

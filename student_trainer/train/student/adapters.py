@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections import Counter
@@ -14,8 +15,10 @@ import torch
 from torch import nn
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
-from stillhouse.protos.files.adapter import FILES, base_beside
+from stillhouse.protos.files.adapter import CONFIG, FILES, base_beside
+from stillhouse.protos.files.adapter_config import CHANGING_INITS, AdapterConfigError, check_lora_config
 from stillhouse.protos.files.weight_names import listed
+from stillhouse.protos.files.weight_types import PLAIN_TYPES
 from stillhouse.protos.library_errors import reported_as
 from stillhouse.student_trainer.config.checks import invalid_field
 from stillhouse.student_trainer.config.schema import ALL_LINEAR, LoraConfig, StudentConfig
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 log = structlog.get_logger()
+
+_EXACT_INITS = ("pissa", "olora")
+"""Values of init_lora_weights from which PEFT makes the base that it has changed again."""
 
 
 def add_adapter(model: Any, config: LoraConfig, head: Sequence[str] = ()) -> Any:
@@ -97,6 +103,8 @@ def load_adapter(model: Any, config: StudentConfig, data_dir: Path) -> Any:
     def refused(error: BaseException) -> StillhouseError:
         return invalid_field("student.adapter", f"{path} does not fit {config.model} ({first_line(error)}).")
 
+    with reported_as(refused):
+        _check_settings(path)
     with reported_as(refused), _warnings_handled():
         adapted = peft.PeftModel.from_pretrained(model, path, is_trainable=True)
         _check_tensors(adapted, path, config)
@@ -180,14 +188,48 @@ def _listed(linear: Sequence[str]) -> str:
     return ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
 
 
+def _check_settings(path: Path) -> None:
+    """Refuses an adapter that would be computed otherwise than it was trained. Raises StillhouseError(INVALID_SPEC)."""
+    import peft
+
+    known = {each.name for each in dataclasses.fields(peft.LoraConfig)}
+    try:
+        settings = check_lora_config(json.loads((path / CONFIG).read_bytes()), known)
+    except AdapterConfigError as error:
+        raise invalid_field("student.adapter", f"{path} is refused: its {error}.") from error
+    init = settings.get("init_lora_weights")
+    # PEFT makes the bases of the others again, by decompositions that are exact.
+    if isinstance(init, str) and init.lower().startswith(CHANGING_INITS) and init.lower() not in _EXACT_INITS:
+        raise invalid_field(
+            "student.adapter",
+            f"{path} has init_lora_weights {init!r}: it was trained on a changed base. Convert it with peft's "
+            "path_initial_model_for_weight_conversion; or set init_lora_weights to true, if student.model is that changed base.",
+        )
+
+
 def _check_tensors(adapted: Any, path: Path, config: StudentConfig) -> None:
-    """Refuses an adapter whose file lacks tensors, which PEFT would begin anew."""
+    """Refuses an adapter whose file lacks tensors, which PEFT would begin anew, or has others, which it would leave out."""
     import peft
     from safetensors import safe_open
 
     with safe_open(path / FILES[1], "pt") as file:
-        held = set(file.keys())
-    missing = sorted(set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)) - held)
+        types = {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    held = set(types)
+    codes = [name for name, kind in types.items() if kind not in PLAIN_TYPES]
+    if codes:
+        raise invalid_field(
+            "student.adapter",
+            f"{path} holds {listed(codes)} in type {types[min(codes)]}. Save it in float32, bfloat16 or float16.",
+        )
+    wanted = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    extra = {name for name in held - wanted if ".lora_" in name}
+    if extra:
+        raise invalid_field(
+            "student.adapter",
+            f"{path} has tensors that its configuration does not name for {config.model} ({listed(extra)}); they would be left "
+            "out. Correct target_modules in its adapter_config.json, or take the model that it was trained on.",
+        )
+    missing = sorted(wanted - held)
     if missing:
         raise invalid_field(
             "student.adapter",

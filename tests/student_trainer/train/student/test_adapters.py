@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -104,3 +107,55 @@ def test_an_adapter_that_lacks_tensors_is_refused_by_their_names(tmp_path: Path)
     save_file({name: weights[name] for name in weights.keys() - {lost}}, path)
     with pytest.raises(StillhouseError, match=lost.replace(".", r"\.")):
         load_adapter(tiny_model("qwen2"), config, tmp_path)
+
+
+def _changed(directory: Path, settings: dict[str, Any]) -> StudentConfig:
+    add_adapter(tiny_model("qwen2"), RANK_2).save_pretrained(directory)
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return StudentConfig(model="tiny", adapter=str(directory))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3', and only LORA is taken"),
+        ({"init_lora_weights": "lora_ga"}, "'lora_ga': it was trained on a changed base. Convert it"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4': it was trained on a changed base"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan; it must be a finite number"),
+        (
+            {"use_later_lora": True},
+            "use_later_lora is True, which the installed version of peft does not know",
+        ),
+        ({"target_modules": ["q_proj"]}, "tensors that its configuration does not name for tiny"),
+    ],
+)
+def test_an_adapter_that_would_be_computed_otherwise_is_refused(
+    tmp_path: Path, settings: dict[str, Any], sentence: str
+) -> None:
+    config = _changed(tmp_path, settings)
+    with pytest.raises(StillhouseError, match=re.escape(sentence)):
+        load_adapter(tiny_model("qwen2"), config, tmp_path)
+
+
+def test_an_adapter_of_integers_is_refused(tmp_path: Path) -> None:
+    config = _changed(tmp_path, {})
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: each.to(torch.int8) for name, each in load_file(path).items()}, path)
+    with pytest.raises(StillhouseError, match=r"in type I8\. Save it in float32"):
+        load_adapter(tiny_model("qwen2"), config, tmp_path)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_of_a_changed_base_is_trained_further_on_that_base(tmp_path: Path, init: str) -> None:
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(tiny_model("qwen2"), settings)
+    with torch.no_grad():
+        for each in adapted.parameters():
+            if each.requires_grad:
+                each.add_(0.1)
+        expected = adapted.eval()(torch.arange(8)[None]).logits
+    adapted.save_pretrained(tmp_path)
+    config = StudentConfig(model="tiny", adapter=str(tmp_path))
+    found = load_adapter(tiny_model("qwen2"), config, tmp_path).eval()
+    torch.testing.assert_close(found(torch.arange(8)[None]).logits, expected, rtol=1e-4, atol=1e-4)
