@@ -24,6 +24,7 @@ from stillhouse.student_trainer.train.setup.task import RunEvaluator, task_of
 from stillhouse.student_trainer.train.setup.teacher_side import TeacherSide
 from stillhouse.student_trainer.train.student.device import precision_of
 from stillhouse.student_trainer.train.student.export import try_export
+from stillhouse.student_trainer.train.student.identity import STUDENT_FACT, check_same_student, identity_of
 
 log = structlog.get_logger()
 
@@ -76,7 +77,10 @@ def set_up(scope: RunScope, progress: Progress) -> RunContext:
     )
     triggers = Triggers(config.checkpoint, config.evaluation, student_side.schedule)
     checkpointer = Checkpointer(attempt, scope.ranks, state, triggers, keep=config.checkpoint.keep)
-    checkpointer.restore(student_side.student.trainable_parameters().values())
+    student = student_side.student
+    identity = identity_of(student.plain, student.model)
+    checkpointer.restore(student.trainable_parameters().values())
+    check_same_student(checkpointer.kept_fact(STUDENT_FACT), identity, config.student.model)
     best = BestCheckpoint(config.evaluation.best_metric, checkpointer, scope.run_dir)
     matmul_dtype = checkpointer.agree_matmul_dtype(config, student_side.accelerator)
     student_side.stepper.multiply_in(matmul_dtype)
@@ -86,6 +90,7 @@ def set_up(scope: RunScope, progress: Progress) -> RunContext:
             "tokenizer_fingerprint": inputs.tokenizer_fingerprint,
             "teacher_fingerprint": teacher_side.teachers.fingerprint,
             "matmul_dtype": matmul_dtype or "",
+            STUDENT_FACT: identity,
             RULE_FACT: recorded_rule(config, scope.run_dir),
         }
     )
