@@ -69,7 +69,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     if config.getvalue("dist") != "loadfile":
         return None
-    from tests.support.scheduling import ByFixture
+    from tests.scheduling import ByFixture
 
     return ByFixture(config, log)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.scheduling import SHARING
 from tests.support.processes import SESSION_MARK, TEST_MARK, end_marked
 from tests.support.runs import wait_until
-from tests.support.scheduling import SHARING
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = "STILLHOUSE_TEST_ALL"
