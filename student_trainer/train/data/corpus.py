@@ -39,6 +39,8 @@ class Corpus:
     """Number of rows of `train` from each dataset, in order."""
     end_ids: Sequence[int] = ()
     """Tokens that end a text or a turn in the data, ascending."""
+    digests: Sequence[str] = ()
+    """Digests of the examples of each dataset, those to train on first."""
     template_date: str = ""
     """Day that the chat template wrote into the text, such as 2025-01-31; empty if it wrote none."""
 
@@ -113,6 +115,7 @@ def assemble(data: DataConfig, evaluation: EvaluationConfig, prepared: Sequence[
         eval=held_out[: evaluation.limit],
         dataset_sizes=sizes.tolist(),
         end_ids=tuple(sorted({end for each in told for end in each.end_ids})),
+        digests=tuple(each.digest for each in prepared),
         template_date=data.date if any(each.wrote_date for each in told) else "",
     )
 

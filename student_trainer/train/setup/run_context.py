@@ -28,6 +28,8 @@ from stillhouse.student_trainer.train.student.identity import STUDENT_FACT, chec
 
 log = structlog.get_logger()
 
+_DATA_FACT = "data_digests"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunContext:
@@ -81,6 +83,11 @@ def set_up(scope: RunScope, progress: Progress) -> RunContext:
     identity = identity_of(student.plain, student.model)
     checkpointer.restore(student.trainable_parameters().values())
     check_same_student(checkpointer.kept_fact(STUDENT_FACT), identity, config.student.model)
+    digests = " ".join(inputs.corpus.digests)
+    if checkpointer.kept_fact(_DATA_FACT) not in (None, digests):
+        log.warning(
+            "the rows are others than those that this run began with: from here on their order and number are new"
+        )
     best = BestCheckpoint(config.evaluation.best_metric, checkpointer, scope.run_dir)
     matmul_dtype = checkpointer.agree_matmul_dtype(config, student_side.accelerator)
     student_side.stepper.multiply_in(matmul_dtype)
@@ -91,6 +98,7 @@ def set_up(scope: RunScope, progress: Progress) -> RunContext:
             "teacher_fingerprint": teacher_side.teachers.fingerprint,
             "matmul_dtype": matmul_dtype or "",
             STUDENT_FACT: identity,
+            _DATA_FACT: digests,
             RULE_FACT: recorded_rule(config, scope.run_dir),
         }
     )
