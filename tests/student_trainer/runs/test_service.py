@@ -107,11 +107,12 @@ def _read_what_a_run_left(service: Service, name: str) -> None:
     wanted = pb.DownloadArtifactRequest(name=name, path="effective_spec.json")
     sent = b"".join(each.data for each in stub.DownloadArtifact(wanted))
     assert sent == (service.data_dir / name / "effective_spec.json").read_bytes()
-    for call, request, reason in (
+    calls: list[tuple[Any, Any, Reason]] = [
         (stub.StreamLogs, pb.StreamLogsRequest(name=name, attempt=99), Reason.INVALID_REQUEST),
         (stub.WatchRun, pb.WatchRunRequest(name=name, after_sequence=10_000), Reason.INVALID_REQUEST),
         (stub.DownloadArtifact, pb.DownloadArtifactRequest(name=name, path="x"), Reason.ARTIFACT_NOT_FOUND),
-    ):
+    ]
+    for call, request, reason in calls:
         with refused(reason):
             list(call(request))
 
