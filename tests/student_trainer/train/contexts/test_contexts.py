@@ -147,6 +147,15 @@ def test_a_student_that_is_its_teacher_learns_nothing_from_its_own_texts(
     assert max(metric(run_dir, "train/grad_norm").values()) < 1e-3
 
 
+def test_more_draws_than_a_teacher_may_be_queried_for_are_refused_before_the_first_step(
+    run: Run, spec: Any
+) -> None:
+    run_dir = run(spec(student_context({**REVERSE_KL, "num_samples": 250})), code=EXIT_FAILED)
+    assert failure(run_dir).startswith("loss.num_samples is 250: with 16 likeliest tokens")
+    assert "Set it to at most 240" in failure(run_dir)
+    assert not metric(run_dir, "train/loss")
+
+
 MIXED = (
     {"weight": 1, "dataset": {}},
     {"weight": 1, "teacher": {"generation": SHORT}},
