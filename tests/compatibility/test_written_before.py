@@ -1,4 +1,4 @@
-"""Opens what earlier versions have written: runs and their history, caches and tokens; a half-done run ends in the same bits.
+"""Opens what earlier versions have written: runs and their history, caches and tokens; a half-done run ends with the same weights, to rounding.
 
 make_written.py has made the archives, and told.json in each of them what that version's client said.
 """
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.model
 
 ARCHIVES = sorted(Path(__file__).parent.glob("written_by_*.tar.xz"))
 CLOSE = 1e-6
-"""Between weights where the arithmetic is another one; training moves them by 6e-3, and other kernels by 2e-7."""
+"""Between weights; training moves them by 6e-3, and other kernels, or another order of rounding, by 2e-7."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,7 +189,7 @@ def test_a_token_opens_a_service_that_is_closed_to_others(written: Written, serv
 
 
 @pytest.mark.parametrize("archive", ARCHIVES, ids=lambda path: path.name)
-def test_a_half_done_run_ends_in_the_same_bits(archive: Path, tmp_path: Path) -> None:
+def test_a_half_done_run_ends_with_the_weights_that_it_would_have_had(archive: Path, tmp_path: Path) -> None:
     written = unpack(archive, tmp_path)
     told = written.told
     with written.served() as service, written.trainer(service) as trainer:
@@ -210,13 +210,11 @@ def test_a_half_done_run_ends_in_the_same_bits(archive: Path, tmp_path: Path) ->
     for name, weight in weights.items():
         np.testing.assert_allclose(weight, kept[name], rtol=0, atol=CLOSE, err_msg=name)
     if arithmetic() == told["arithmetic"]:
-        for name, weight in weights.items():
-            np.testing.assert_array_equal(weight, kept[name], err_msg=name)
-        assert metrics["train/loss"] == told["resumed"]["metrics"]["train/loss"]
-        kept_kl = told["resumed"]["metrics"]["eval/kl"]
-        assert metrics["eval/kl"]["steps"] == kept_kl["steps"]
-        # That version summed the divergences of a pass in float32, before the sum over passes in float64.
-        np.testing.assert_allclose(metrics["eval/kl"]["values"], kept_kl["values"], rtol=1e-6)
+        # Updates and sums are rounded in another order since then: their last bits differ.
+        for name in ("train/loss", "eval/kl"):
+            found, before = metrics[name], told["resumed"]["metrics"][name]
+            assert found["steps"] == before["steps"]
+            np.testing.assert_allclose(found["values"], before["values"], rtol=1e-6, err_msg=name)
 
 
 def test_datasets_uploaded_before_are_listed_and_named_by_their_content(

@@ -77,8 +77,10 @@ class StrictJson:
             [(repeated, _)] = Counter(name for name, _ in pairs).most_common(1)
             self.fault = FieldError(shown_name(repeated), GIVEN_TWICE)
         elif self._unnamed is not None:
-            name = next(name for name, value in pairs if not is_finite(value))
-            self.fault = FieldError(shown_name(name), NOT_FINITE.format(self._unnamed))
+            # The number may stand before this object in a list: the object around the list has its name.
+            name = next((name for name, value in pairs if not is_finite(value)), None)
+            if name is not None:
+                self.fault = FieldError(shown_name(name), NOT_FINITE.format(self._unnamed))
         return values
 
 

@@ -42,7 +42,7 @@ OTHERS = st.dictionaries(
         TEXT,
         st.integers(-(2**70), 2**70),
         st.booleans(),
-        st.floats(allow_nan=False),
+        st.floats(allow_nan=False, allow_infinity=False),
         st.lists(TEXT, max_size=2),
     )
     | st.dictionaries(TEXT, st.one_of(TEXT, st.none(), st.integers()), max_size=2),

@@ -148,6 +148,13 @@ def test_a_number_that_json_does_not_hold_is_refused_in_any_field(
         list(read_file(path))
 
 
+def test_a_number_before_an_object_of_its_list_is_refused_by_the_name_of_the_list(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "note": {"scores": [NaN, {"of": 1}]}}')
+    with pytest.raises(StillhouseError, match="row 1, field scores: holds NaN, which JSON does not"):
+        list(read_file(path))
+
+
 def test_a_row_of_a_table_with_nan_is_not_written_as_json(tmp_path: Path) -> None:
     rows = [(1, {"prompt": "a", "score": 1.5}), (2, {"prompt": "b", "score": math.nan})]
     with pytest.raises(
