@@ -154,9 +154,9 @@ def test_reverse_kl_waits_for_the_teacher_where_the_student_draws(
 @pytest.mark.parametrize(
     ("loss", "room", "expected"),
     [
-        (LossConfig(), 256, (16, 64)),
+        (LossConfig(), 256, (16, 192)),
         (LossConfig(), 70, (16, 54)),
-        (LossConfig(top_k=32), 256, (32, 64)),
+        (LossConfig(top_k=32), 256, (32, 192)),
         (LossConfig(num_samples=9), 256, (16, 9)),
         (LossConfig(), 40, None),
     ],
