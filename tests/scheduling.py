@@ -1,4 +1,4 @@
-"""How pytest-xdist deals files to its workers: one file to one worker, and those that share something costly to the same one.
+"""Deals files to the workers of pytest-xdist: one file to one worker, and those that share something costly to the same one.
 
 A fixture of the session lives once in each worker: an engine of vLLM takes from 13 s to a minute to start, the site of the
 tests in a browser three runs.

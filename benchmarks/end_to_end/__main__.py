@@ -22,17 +22,23 @@ import click
 from rich.table import Table
 
 from benchmarks.end_to_end.arms import ArmResult, Arms
-from benchmarks.end_to_end.driver import Comparison, Outcome, compare, comparison_options, memory_text
+from benchmarks.end_to_end.driver import (
+    Comparison,
+    Outcome,
+    compare,
+    comparison_options,
+    memory_text,
+    take_sizes,
+)
 from benchmarks.end_to_end.processes import halves_of_cores
 from benchmarks.end_to_end.runs import off_policy_spec
-from benchmarks.end_to_end.sizes import DEFAULT, Sizes
+from benchmarks.end_to_end.sizes import Sizes
 
 ARMS = ("online", "online-longer", "cached", "trl-local", "trl-server")
 LONGER_ARM, LONGER = "online-longer", 1.1
 """The online arm with a tenth more steps, by which it may reach a score that it misses by a little at equal steps."""
 LOCAL_ARM = "trl-local"
 """Teacher and student in one process, which two hosts cannot share."""
-VOCABULARY = 32000
 STEPS = 24
 """All arms take so many in reasonable time with that vocabulary."""
 KEPT = 4
@@ -40,55 +46,16 @@ KEPT = 4
 
 
 @click.command()
-@comparison_options(work=".bench/end-to-end", arms=ARMS, minutes=4.0)
-@click.option("--steps", default=STEPS, show_default=True)
-@click.option("--batch", default=DEFAULT.batch, show_default=True, help="Rows of a step.")
+@comparison_options(work=".bench/end-to-end", arms=ARMS, minutes=4.0, steps=STEPS)
 @click.option("--length", default=256, show_default=True, help="Longest row, in tokens.")
-@click.option("--vocabulary", default=VOCABULARY, show_default=True, help="Tokens of the tokenizer.")
-@click.option(
-    "--precision",
-    type=click.Choice(["fp32", "bf16"]),
-    default="fp32",
-    show_default=True,
-    help="Of all programs.",
-)
-@click.option(
-    "--rows",
-    type=click.Choice(["pairs", "texts"]),
-    default="pairs",
-    show_default=True,
-    help="Form of the rows.",
-)
-@click.option("--teacher-steps", default=150, show_default=True, help="Training of the teacher.")
 @click.option(
     "--apart",
     is_flag=True,
     help=f"Half of the cores for the student and half for services, as on two hosts; without {LOCAL_ARM}.",
 )
-def main(
-    *,
-    steps: int,
-    batch: int,
-    length: int,
-    vocabulary: int,
-    precision: str,
-    rows: str,
-    teacher_steps: int,
-    apart: bool,
-    **options: Any,
-) -> None:
+def main(*, length: int, apart: bool, **options: Any) -> None:
     """Compare ways to distil by their time to equal quality."""
-    sizes = Sizes(
-        vocabulary=vocabulary,
-        precision=precision,
-        rows=rows,
-        steps=steps,
-        batch=batch,
-        length=length,
-        teacher_steps=teacher_steps,
-        apart=apart,
-        kept=KEPT,
-    )
+    sizes = Sizes(**take_sizes(options), length=length, apart=apart, kept=KEPT)
     arms: tuple[str, ...] = ARMS
     if apart:
         if LOCAL_ARM in options["chosen"]:

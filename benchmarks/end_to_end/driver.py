@@ -48,9 +48,33 @@ class Outcome:
     """The student before its first step; it has a score if the comparison asks for it."""
 
 
-def comparison_options(*, work: str, arms: Sequence[str], minutes: float) -> Callable[[Command], Command]:
-    """Adds the options that both comparisons have; `work` and `minutes` are defaults."""
+_SIZES = ("steps", "batch", "vocabulary", "precision", "rows", "teacher_steps")
+"""Sizes that are options of both comparisons."""
+
+
+def comparison_options(
+    *, work: str, arms: Sequence[str], minutes: float, steps: int
+) -> Callable[[Command], Command]:
+    """Adds the options that both comparisons have; `work`, `minutes` and `steps` are defaults."""
     options = [
+        click.option("--steps", default=steps, show_default=True, help="Updates."),
+        click.option("--batch", default=16, show_default=True, help="Rows or texts of a step."),
+        click.option("--vocabulary", default=32_000, show_default=True, help="Tokens of the tokenizer."),
+        click.option(
+            "--precision",
+            type=click.Choice(["fp32", "bf16"]),
+            default="fp32",
+            show_default=True,
+            help="Of all programs.",
+        ),
+        click.option(
+            "--rows",
+            type=click.Choice(["pairs", "texts"]),
+            default="pairs",
+            show_default=True,
+            help="Prompts and completions of natural lengths, or texts, and prompts, of one length.",
+        ),
+        click.option("--teacher-steps", default=150, show_default=True, help="Training of the teacher."),
         click.option("--work", type=click.Path(path_type=Path), default=Path(work), show_default=True),
         click.option(
             "--json", "json_file", type=click.Path(path_type=Path), help="Write everything to this file."
@@ -83,6 +107,11 @@ def comparison_options(*, work: str, arms: Sequence[str], minutes: float) -> Cal
         return command
 
     return add
+
+
+def take_sizes(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes the sizes that are options of both comparisons out of the values of all options."""
+    return {name: options.pop(name) for name in _SIZES}
 
 
 def compare(

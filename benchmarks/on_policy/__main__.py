@@ -20,7 +20,14 @@ import click
 from rich.table import Table
 
 from benchmarks.end_to_end.arms import ArmResult, Arms
-from benchmarks.end_to_end.driver import Comparison, Outcome, compare, comparison_options, memory_text
+from benchmarks.end_to_end.driver import (
+    Comparison,
+    Outcome,
+    compare,
+    comparison_options,
+    memory_text,
+    take_sizes,
+)
 from benchmarks.end_to_end.runs import on_policy_spec
 from benchmarks.end_to_end.sizes import Sizes
 from benchmarks.on_policy.idle import IdleShare, free_port
@@ -37,28 +44,10 @@ BASELINES = {
 
 
 @click.command()
-@comparison_options(work=".bench/on-policy", arms=ARMS, minutes=4.0)
+@comparison_options(work=".bench/on-policy", arms=ARMS, minutes=4.0, steps=32)
 @click.option("--staleness", type=int, help="max_staleness of Stillhouse's arms; the default if not given.")
-@click.option("--steps", default=32, show_default=True, help="Updates.")
-@click.option("--batch", default=16, show_default=True, help="Texts of an update.")
-@click.option("--vocabulary", default=32_000, show_default=True, help="Tokens of the tokenizer.")
-@click.option(
-    "--precision",
-    type=click.Choice(["fp32", "bf16"]),
-    default="fp32",
-    show_default=True,
-    help="Of all programs.",
-)
-@click.option(
-    "--rows",
-    type=click.Choice(["pairs", "texts"]),
-    default="pairs",
-    show_default=True,
-    help="Texts that end by themselves behind prompts of natural lengths, or texts and prompts of one length.",
-)
 @click.option("--new-tokens", default=192, show_default=True, help="Longest text.")
 @click.option("--prompt-tokens", default=96, show_default=True, help="Longest prompt.")
-@click.option("--teacher-steps", default=150, show_default=True, help="Training of the teacher.")
 @click.option("--learning-rate", default=1e-3, show_default=True)
 @click.option(
     "--seeds",
@@ -66,11 +55,19 @@ BASELINES = {
     show_default=True,
     help="Seeds of each arm, whose scores are averaged; those but the first that an earlier call has run are not run again.",
 )
-def main(*, staleness: int | None, new_tokens: int, prompt_tokens: int, seeds: int, **options: Any) -> None:
+def main(
+    *,
+    staleness: int | None,
+    new_tokens: int,
+    prompt_tokens: int,
+    learning_rate: float,
+    seeds: int,
+    **options: Any,
+) -> None:
     """Compare on-policy training by its speed and by equal updates."""
-    names = ("steps", "batch", "vocabulary", "precision", "rows", "teacher_steps", "learning_rate")
     sizes = Sizes(
-        **{name: options.pop(name) for name in names},
+        **take_sizes(options),
+        learning_rate=learning_rate,
         new_tokens=new_tokens,
         prompt_tokens=prompt_tokens,
         length=prompt_tokens + new_tokens,
