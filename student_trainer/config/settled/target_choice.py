@@ -21,6 +21,7 @@ from stillhouse.student_trainer.config.rules.loss import (
 )
 from stillhouse.student_trainer.config.schema import (
     BUCKET_TOP_K,
+    OWN_DRAWS,
     LossConfig,
     RunConfig,
 )
@@ -41,8 +42,6 @@ teacher pays for more."""
 CROWDING = 0.8
 """Bits of the sorted ids that texts draw at temperature 1 over those of ids that are spread evenly: frequent ids are small and near
 each other. At higher temperatures they are spread nearly evenly."""
-OWN_DRAWS = 192
-"""Draws of the student beside its top-k, in its own texts."""
 LARGE_VOCABULARY = 151_936
 _ID_BITS, _LOGPROB_BITS = 18, 16
 """Bits of an id of a vocabulary of 151,936, and of a log-probability."""
