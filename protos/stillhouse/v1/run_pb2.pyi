@@ -1379,7 +1379,7 @@ class LossSpec(_message.Message):
     on with a control variate. "stratified_tail": the same with stratified draws, which are steadier, and without
     log-probabilities where forward_kl is the only divergence and temperature below 2, so that there is room for more of
     them. "student_tail": for the student's own texts and reverse_kl at temperature 1, the top_k of both sides exactly, and
-    num_samples stratified draws of the student from outside its own, for which the teacher is queried; unbiased.
+    at most num_samples draws of the student from outside its own, for which the teacher is queried; unbiased.
     "renormalise": the top_k as if they were all, as many
     programs do; it makes students over-confident. sampled, top_k_and_sampled and renormalise are for forward_kl alone;
     stratified_tail needs a teacher with CAPABILITY_STRATIFIED_SAMPLES, sampled_tail one with CAPABILITY_TAIL_SAMPLES, the

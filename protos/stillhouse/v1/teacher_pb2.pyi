@@ -53,6 +53,10 @@ class _CapabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Capability
     """logprob_dtype FALLING."""
     CAPABILITY_GENERATION_ONLY: _Capability.ValueType  # 12
     """Generates samples, and scores no sequences."""
+    CAPABILITY_PREFIX_REUSE: _Capability.ValueType  # 13
+    """Score computes what a sequence has in common with the beginning of an earlier one only once, so that the parts of a
+    text can be scored as they come.
+    """
 
 class Capability(_Capability, metaclass=_CapabilityEnumTypeWrapper):
     """Capability is an ability that not every engine has."""
@@ -83,6 +87,10 @@ CAPABILITY_COMPACT_LOGPROBS: Capability.ValueType  # 11
 """logprob_dtype FALLING."""
 CAPABILITY_GENERATION_ONLY: Capability.ValueType  # 12
 """Generates samples, and scores no sequences."""
+CAPABILITY_PREFIX_REUSE: Capability.ValueType  # 13
+"""Score computes what a sequence has in common with the beginning of an earlier one only once, so that the parts of a
+text can be scored as they come.
+"""
 Global___Capability: _TypeAlias = Capability  # noqa: Y015
 
 @_typing.final

@@ -15,7 +15,8 @@ def count_distinct(
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]] | None:
     """Ids, counts and places [T, D] of the distinct draws of wanted rows that are >= 0 and not among `besides` [T, K].
 
-    Draws [T, R] and `besides` ascend in each row. Ids are `filling` where a row has fewer. None if a row of draws does not ascend.
+    Draws [T, R] but negative ones and `besides` ascend in each row. Ids are `filling` where a row has fewer. None if a row of draws
+    does not ascend.
     """
     ids = np.full(draws.shape, filling, np.int32)
     counts, places = np.zeros(draws.shape, np.int32), np.zeros(draws.shape, np.int32)
@@ -33,10 +34,10 @@ def _count(  # noqa: PLR0917 - compiled code takes no keywords
         found, other, before, is_other = 0, 0, -1, True
         for place in range(num_draws):
             token = draws[row, place]
-            if place > 0 and token < draws[row, place - 1]:
-                return -1
             if token < 0 or not wanted[row]:
                 continue
+            if token < before:
+                return -1
             if token == before:
                 if not is_other:
                     counts[row, found - 1] += 1

@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import structlog
@@ -45,12 +46,13 @@ class StudentFeed(Feed):
         version: Callable[[], int],
         gate: WarmStart,
         queries_top_k: bool,
+        queries_parts: bool,
         max_staleness: int,
     ) -> None:
         """`in_flight` holds the rollouts that no step has consumed yet, `version` counts the updates of the weights.
 
-        With `queries_top_k` the teacher is queried about the student's top-k too. At most `max_staleness` of the steps
-        ahead are sampled before their turn.
+        With `queries_top_k` the teacher is queried about the student's top-k too, and with `queries_parts` about the parts of a text
+        while it is written. At most `max_staleness` of the steps ahead are sampled before their turn.
         """
         super().__init__(settings, [targets])
         self.ahead = min(settings.ahead, max_staleness)
@@ -62,6 +64,10 @@ class StudentFeed(Feed):
         self._version = version
         self._gate = gate
         self._queries_top_k = queries_top_k
+        self._queries_parts = queries_parts
+        self._parts: defaultdict[tuple[int, int], list[_Part]] = defaultdict(list)
+        """Queries of each rollout, by step and number, in the order of their positions."""
+        self._num_queries = 0
         self._slots: dict[int, Sequence[Slot]] = {}
         """Slots of the steps whose targets are not queried yet."""
         self._num_dropped = 0
@@ -88,8 +94,9 @@ class StudentFeed(Feed):
                 rollout = self._rollout(slots[place], text, version)
                 self._submit(step, place * samples + sample, rollout, slots[place].row)
 
-            # The teacher scores texts while others are still being written.
-            texts = self._sampler.write(**self._order(slots), on_text=send)
+            # The teacher scores texts, and what is there of the others, while these are still being written.
+            on_part = send if self._queries_parts else None
+            texts = self._sampler.write(**self._order(slots), on_text=send, on_part=on_part)
             self._in_flight.rollouts[key] = self._rollouts(slots, texts, version)
             self._sampling_s = time.monotonic() - began
             del self._slots[step]
@@ -102,16 +109,35 @@ class StudentFeed(Feed):
             self._submit(step, number, rollout, row_of.get(rollout.slot))
 
     def _submit(self, step: int, number: int, rollout: Rollout, row: int | None) -> None:
-        """Queries the targets of one rollout of the training row `row`, from which what teachers alone see comes."""
+        """Queries the targets of one rollout, of which earlier calls may have had the beginning.
+
+        It is of the training row `row`, from which what teachers alone see comes.
+        """
+        parts = self._parts[step, number]
+        start = parts[-1].end if parts else rollout.start
+        if start == len(rollout.token_ids):
+            return
         query = TeacherQuery(
             token_ids=rollout.token_ids,
-            start=rollout.start,
+            start=start,
             place=rollout.place,
             teacher=rollout.teacher,
             teacher_prompts={} if row is None else self._settings.examples[row].teacher_prompts,
-            query_token_ids=_queried(rollout) if self._queries_top_k else None,
+            query_token_ids=_queried(rollout, start - rollout.start) if self._queries_top_k else None,
         )
-        self._targets.submit(self._id(step, number), query)
+        parts.append(_Part(query_id=self._num_queries, end=len(rollout.token_ids)))
+        self._num_queries += 1
+        self._targets.submit(parts[-1].query_id, query)
+
+    def _answer(self, step: int, number: int, rollout: Rollout) -> Distributions | None:
+        """Waits for the targets of a rollout; None if some are non-finite."""
+        parts = self._parts.pop((step, number))
+        answers = [self._receive(self._targets.get_result, each.query_id) for each in parts]
+        found = [each for each in answers if each is not None]
+        if len(found) < len(parts):
+            return None
+        num_draws = 0 if rollout.draws is None else rollout.draws.shape[1]
+        return _joined(found, num_queries=rollout.likeliest.shape[1] + num_draws)
 
     def collect(self, step: int) -> Iterator[ScoredExample]:
         """The rollouts with their targets; those that are too old are dropped and counted."""
@@ -121,7 +147,7 @@ class StudentFeed(Feed):
         rollouts = self._in_flight.rollouts[self._settings.context, step]
         means, seen = _Means(), 0
         for number, rollout in enumerate(rollouts):
-            answer = self._receive(self._targets.get_result, self._id(step, number))
+            answer = self._answer(step, number, rollout)
             if answer is None:
                 self._num_dropped += 1
                 continue
@@ -211,8 +237,12 @@ class StudentFeed(Feed):
             slot=slot.position,
         )
 
-    def _id(self, step: int, number: int) -> int:
-        return step << 32 | number
+
+class _Part(NamedTuple):
+    """A query about some of a rollout's positions, up to `end`."""
+
+    query_id: int
+    end: int
 
 
 class _Means:
@@ -231,11 +261,27 @@ class _Means:
         return {name: total / self._counts[name] for name, total in self._sums.items()}
 
 
-def _queried(rollout: Rollout) -> NDArray[np.int32]:
-    """[n, Q + R]: the student's top-k and draws."""
+def _queried(rollout: Rollout, first: int) -> NDArray[np.int32]:
+    """[n, Q + R]: the student's top-k and draws from the position `first` of the completion on, without columns that none has."""
+    likeliest = rollout.likeliest[first:]
     if rollout.draws is None:
-        return rollout.likeliest
-    return np.concatenate([rollout.likeliest, rollout.draws], axis=1)
+        return likeliest
+    draws = rollout.draws[first:]
+    used = np.flatnonzero((draws >= 0).any(axis=0))
+    return np.concatenate([likeliest, draws[:, : int(used.max(initial=-1)) + 1]], axis=1)
+
+
+def _joined(answers: Sequence[Distributions], *, num_queries: int) -> Distributions:
+    """The answers about the parts of a rollout as one, with as many queried columns as the rollout has."""
+
+    def widened(answer: Distributions) -> Distributions:
+        queried = answer.query_logprobs
+        if queried is None or queried.shape[1] == num_queries:
+            return answer
+        room = ((0, 0), (0, num_queries - queried.shape[1]))
+        return replace(answer, query_logprobs=np.pad(queried, room, constant_values=-np.inf))
+
+    return Distributions.concat([widened(each) for each in answers])
 
 
 def _overlap(answer: Distributions, rollout: Rollout) -> dict[str, float]:

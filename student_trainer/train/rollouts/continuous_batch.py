@@ -51,8 +51,12 @@ A row that has ended may still be asked for further tokens, which count for noth
 """
 
 
-Ended = Callable[[int, int], object]
-"""Is told a row that has ended, and the number of its tokens."""
+OnRow = Callable[[int, int], object]
+"""Is told a row and the number of its tokens so far."""
+
+
+def _ignore(_row: int, _count: int) -> None:
+    pass
 
 
 def supports(model: Any) -> bool:
@@ -70,18 +74,22 @@ def decode(
     max_tokens: int | None,
     device: torch.device,
     lean: bool = False,
-    ended: Ended = lambda _row, _count: None,
+    ended: OnRow = _ignore,
+    part_tokens: int = 0,
+    advanced: OnRow = _ignore,
 ) -> list[int]:
     """Continues each row until one of `end_ids` or its room ends it; returns their numbers of new tokens.
 
-    `ended` is called for each row as soon as it has ended, those of one step in the batch's order.
+    `ended` is called for each row as soon as it has ended, those of one step in the batch's order, and `advanced` for each that has
+    a multiple of `part_tokens` tokens, unless that is 0, and goes on.
 
     At most `max_rows` are in the batch at a time, or as many as have `max_tokens` tokens if they are all as long as they
     may become, and one at least. With `lean` the model, for which `llama_step.decodes` must hold, computes tokens beyond the
     prompts by LlamaStep. The outcome is a function of the arguments.
     """
     limits: dict[str, Any] = {"max_rows": max_rows, "max_tokens": max_tokens, "device": device}
-    return _Decoding(model, rows, draw, end_ids, **limits, lean=lean, ended=ended).run()
+    told: dict[str, Any] = {"ended": ended, "part_tokens": part_tokens, "advanced": advanced}
+    return _Decoding(model, rows, draw, end_ids, **limits, lean=lean, **told).run()
 
 
 class _KvLayer(DynamicLayer):  # type: ignore[misc]
@@ -187,9 +195,12 @@ class _Decoding:
         max_tokens: int | None,
         device: torch.device,
         lean: bool,
-        ended: Ended,
+        ended: OnRow,
+        part_tokens: int,
+        advanced: OnRow,
     ) -> None:
-        self._model, self._rows, self._draw, self._ended = model, rows, draw, ended
+        self._model, self._rows, self._draw = model, rows, draw
+        self._ended, self._advanced, self._part_tokens = ended, advanced, part_tokens
         self._end_ids = np.array(sorted(end_ids), np.int64)
         self._max_rows, self._max_tokens, self._device = max_rows, max_tokens, device
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -325,6 +336,10 @@ class _Decoding:
         batch.alive &= ~ends
         for row in ended_now.tolist():
             self._ended(row, int(self._counts[row]))
+        if self._part_tokens:
+            alive = batch.rows[batch.alive]
+            for row in alive[self._counts[alive] % self._part_tokens == 0].tolist():
+                self._advanced(row, int(self._counts[row]))
 
     def _kept(self, batch: _Batch) -> _Batch | None:
         """The rows that have not ended."""

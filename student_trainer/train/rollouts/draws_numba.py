@@ -6,46 +6,93 @@ Axes: B sequences, V vocabulary, Q likeliest ids, R draws.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.protos.tensors.compiled_loop import compiled_loop
+from stillhouse.protos.tensors.instructions_numba import wide_vectors
 
 _BLOCK = 128
 """Ids whose probabilities are summed, and compared, first."""
+
+SupportArrays: TypeAlias = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]
+"""The parts of `token_sampler.Support`."""
 
 
 def draw_tokens(probs_BV: NDArray[np.float32], uniform_B: NDArray[np.float64]) -> NDArray[np.int64]:
     """Samples by the inverse CDF, [B]; never a token of probability 0. Ids of rows with NaN mean nothing."""
     tokens_B = np.empty(len(probs_BV), np.int64)
-    _draw_tokens(probs_BV, uniform_B, tokens_B)
+    _draw_tokens(probs_BV, probs_BV.view(np.int32), uniform_B, tokens_B)
     return tokens_B
 
 
-def take_support(
-    probs_BV: NDArray[np.float32], uniform_B: NDArray[np.float64], num_likeliest: int, num_draws: int
-) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
-    """(Likeliest ids [B, Q] in falling order, ties by id, draws [B, R] from the others, ascending, their log-probabilities there).
+def draw_all(
+    probs_BV: NDArray[np.float32],
+    uniform_2B: NDArray[np.float64],
+    num_likeliest: int,
+    num_draws: int,
+    least_step: float,
+) -> tuple[NDArray[np.int64], SupportArrays]:
+    """`draw_tokens` by the first numbers and `take_support` by the second, of the same probabilities, in fewer passes."""
+    tokens_B = np.empty(len(probs_BV), np.int64)
+    support = _empty_support(len(probs_BV), num_likeliest, num_draws)
+    _draw_all(probs_BV, probs_BV.view(np.int32), *uniform_2B, least_step, tokens_B, *support)
+    return tokens_B, support
 
-    The line of the others' probabilities is cut into R equal parts, of which each gives the id under one place, the same in all
-    parts. A draw is -1 where nothing is left. `probs_BV` is changed.
+
+def take_support(
+    probs_BV: NDArray[np.float32],
+    uniform_B: NDArray[np.float64],
+    num_likeliest: int,
+    num_draws: int,
+    least_step: float,
+) -> SupportArrays:
+    """(Likeliest ids [B, Q] in falling order, ties by id, draws [B, R] from the others, logs of their mean shares).
+
+    As `token_sampler.Support` has them: on the line of the others' probabilities points lie at equal distances, at least
+    `least_step`, and each id under one is drawn once.
     """
-    batch = len(probs_BV)
-    likeliest_BQ, draws_BR = (
+    support = _empty_support(len(probs_BV), num_likeliest, num_draws)
+    _draw_all(
+        probs_BV, probs_BV.view(np.int32), uniform_B, uniform_B, least_step, np.empty(0, np.int64), *support
+    )
+    return support
+
+
+def _empty_support(batch: int, num_likeliest: int, num_draws: int) -> SupportArrays:
+    return (
         np.zeros((batch, num_likeliest), np.int32),
         np.empty((batch, num_draws), np.int32),
+        np.empty((batch, num_draws), np.float32),
     )
-    logprobs_BR = np.empty((batch, num_draws), np.float32)
-    # The bits of numbers of one sign are in their order, and compared many at a time.
-    _take_support(probs_BV, probs_BV.view(np.int32), uniform_B, likeliest_BQ, draws_BR, logprobs_BR)
-    return likeliest_BQ, draws_BR, logprobs_BR
 
 
 def _vectorised(function: Any) -> Any:
     """Sums and maxima in any order."""
     return compiled_loop(function, fastmath={"reassoc", "nnan", "nsz", "contract"})
+
+
+@_vectorised
+def _scan(probs_V: Any, keys_V: Any, sums: Any, highest: Any) -> None:
+    """Fills in the sum and the largest key of each block."""
+    wide_vectors()
+    whole = len(probs_V) // _BLOCK
+    for block in range(whole):
+        total, most, first = 0.0, np.int32(-1), block * _BLOCK
+        # Loops of a constant length have neither a remainder nor a test of it.
+        for token in range(_BLOCK):
+            total += np.float64(probs_V[first + token])
+        for token in range(_BLOCK):
+            most = max(most, keys_V[first + token])
+        sums[block], highest[block] = total, most
+    if whole < len(sums):
+        total, most = 0.0, np.int32(-1)
+        for token in range(whole * _BLOCK, len(probs_V)):
+            total += np.float64(probs_V[token])
+            most = max(most, keys_V[token])
+        sums[whole], highest[whole] = total, most
 
 
 @_vectorised
@@ -56,93 +103,96 @@ def _block_sum(probs_V: Any, first: Any, end: Any) -> Any:
     return total
 
 
-@_vectorised
-def _block_max(keys_V: Any, first: Any, end: Any) -> Any:
-    highest = np.int32(-1)
-    for token in range(first, end):
-        highest = max(highest, keys_V[token])
-    return highest
+@compiled_loop
+def _draw_tokens(probs_BV: Any, keys_BV: Any, uniform_B: Any, tokens_B: Any) -> None:
+    sums = np.empty(-(-probs_BV.shape[1] // _BLOCK), np.float64)
+    highest = np.empty(len(sums), np.int32)
+    for row in range(len(probs_BV)):
+        _scan(probs_BV[row], keys_BV[row], sums, highest)
+        tokens_B[row] = _draw_token(probs_BV[row], sums, uniform_B[row])
 
 
 @compiled_loop
-def _walk(probs_V: Any, first: Any, before: Any, point: Any) -> Any:
-    """(Id, sum before it) of the first cumulative sum above `point` in the block that begins with `first`.
+def _draw_all(  # noqa: PLR0917 - compiled code takes no keywords
+    probs_BV: Any,
+    keys_BV: Any,
+    uniform_B: Any,
+    uniform_draws_B: Any,
+    least_step: Any,
+    tokens_B: Any,
+    likeliest_BQ: Any,
+    draws_BR: Any,
+    logprobs_BR: Any,
+) -> None:
+    """Draws tokens too where there is room for them."""
+    sums = np.empty(-(-probs_BV.shape[1] // _BLOCK), np.float64)
+    highest = np.empty(len(sums), np.int32)
+    values = np.empty(likeliest_BQ.shape[1], np.int32)
+    for row in range(len(probs_BV)):
+        probs_V, keys_V = probs_BV[row], keys_BV[row]
+        _scan(probs_V, keys_V, sums, highest)
+        if len(tokens_B) > 0:
+            tokens_B[row] = _draw_token(probs_V, sums, uniform_B[row])
+        _find_likeliest(keys_V, highest, values, likeliest_BQ[row])
+        if draws_BR.shape[1] > 0:
+            likeliest, draws, logprobs = likeliest_BQ[row], draws_BR[row], logprobs_BR[row]
+            _draw_others(probs_V, sums, uniform_draws_B[row], least_step, likeliest, draws, logprobs)
+            for place in range(len(likeliest)):
+                keys_V[likeliest[place]] = values[place]
 
-    Where rounding leaves the point just outside, the block's last id that has a probability.
+
+@compiled_loop
+def _draw_token(probs_V: Any, sums: Any, uniform: Any) -> Any:
+    """The id of the first cumulative sum above a share of the whole.
+
+    Where rounding leaves that point just outside its block, the block's last id that has a probability.
     """
-    last, last_before, reached = first, before, before
+    total = 0.0
+    for block in range(len(sums)):
+        total += sums[block]
+    point, before, chosen, reached = uniform * total, 0.0, 0, 0.0
+    for block in range(len(sums)):
+        if sums[block] > 0:
+            chosen, reached = block, before
+            before += sums[block]
+            if before > point:
+                break
+    first = chosen * _BLOCK
+    found = first
     for token in range(first, min(first + _BLOCK, len(probs_V))):
         share = np.float64(probs_V[token])
         if share > 0:
-            last, last_before = token, reached
+            found = token
             reached += share
             if reached > point:
                 break
-    return last, last_before
+    return found
 
 
 @compiled_loop
-def _draw_tokens(probs_BV: Any, uniform_B: Any, tokens_B: Any) -> None:
-    vocab_size = probs_BV.shape[1]
-    sums = np.empty(-(-vocab_size // _BLOCK), np.float64)
-    for row in range(probs_BV.shape[0]):
-        probs_V, total = probs_BV[row], 0.0
-        for block in range(len(sums)):
-            first = block * _BLOCK
-            sums[block] = _block_sum(probs_V, first, min(first + _BLOCK, vocab_size))
-            total += sums[block]
-        point, before, chosen = uniform_B[row] * total, 0.0, 0
-        chosen_before = 0.0
-        for block in range(len(sums)):
-            if sums[block] > 0:
-                chosen, chosen_before = block, before
-                before += sums[block]
-                if before > point:
-                    break
-        tokens_B[row] = _walk(probs_V, chosen * _BLOCK, chosen_before, point)[0]
-
-
-@compiled_loop
-def _take_support(  # noqa: PLR0917 - compiled code takes no keywords
-    probs_BV: Any, keys_BV: Any, uniform_B: Any, likeliest_BQ: Any, draws_BR: Any, logprobs_BR: Any
-) -> None:
-    sums = np.empty(-(-probs_BV.shape[1] // _BLOCK), np.float64)
-    highest = np.empty(likeliest_BQ.shape[1], np.int32)
-    for row in range(len(probs_BV)):
-        _find_likeliest(probs_BV[row], keys_BV[row], sums, highest, likeliest_BQ[row])
-        if draws_BR.shape[1] > 0:
-            _draw_others(
-                probs_BV[row], sums, uniform_B[row], likeliest_BQ[row], draws_BR[row], logprobs_BR[row]
-            )
-
-
-@compiled_loop
-def _find_likeliest(probs_V: Any, keys_V: Any, sums: Any, highest: Any, ids: Any) -> None:
-    """Fills in the sums of blocks and the likeliest ids."""
+def _find_likeliest(keys_V: Any, highest: Any, values: Any, ids: Any) -> None:
     wanted, found = len(ids), 0
-    for block in range(len(sums)):
-        first = block * _BLOCK
-        end = min(first + _BLOCK, len(probs_V))
-        sums[block] = _block_sum(probs_V, first, end)
-        if wanted == 0 or (found == wanted and _block_max(keys_V, first, end) <= highest[wanted - 1]):
+    for block in range(len(highest)):
+        if wanted == 0 or (found == wanted and highest[block] <= values[wanted - 1]):
             continue
-        for token in range(first, end):
+        first = block * _BLOCK
+        for token in range(first, min(first + _BLOCK, len(keys_V))):
             value = keys_V[token]
-            if found == wanted and value <= highest[wanted - 1]:
+            if found == wanted and value <= values[wanted - 1]:
                 continue
             place = found if found < wanted else wanted - 1
-            while place > 0 and value > highest[place - 1]:
-                highest[place], ids[place] = highest[place - 1], ids[place - 1]
+            while place > 0 and value > values[place - 1]:
+                values[place], ids[place] = values[place - 1], ids[place - 1]
                 place -= 1
-            highest[place], ids[place] = value, token
+            values[place], ids[place] = value, token
             found = min(found + 1, wanted)
 
 
 @compiled_loop
 def _draw_others(  # noqa: PLR0917 - compiled code takes no keywords
-    probs_V: Any, sums: Any, uniform: Any, likeliest: Any, draws: Any, logprobs: Any
+    probs_V: Any, sums: Any, uniform: Any, least_step: Any, likeliest: Any, draws: Any, logprobs: Any
 ) -> None:
-    """Draws from all but the likeliest, whose probabilities become 0."""
+    """Draws from all but the likeliest, whose probabilities become 0, and the sums of blocks without them."""
     for token in likeliest:
         probs_V[token] = 0
     for token in likeliest:
@@ -151,18 +201,21 @@ def _draw_others(  # noqa: PLR0917 - compiled code takes no keywords
     mass = 0.0
     for block in range(len(sums)):
         mass += sums[block]
+    draws[:], logprobs[:] = -1, 0
     if not mass > 0:
-        draws[:], logprobs[:] = -1, 0
         return
-    block, before = 0, 0.0
-    for part in range(len(draws)):
-        point = (part + uniform) / len(draws) * mass
-        while before + sums[block] <= point and block + 1 < len(sums):
-            before += sums[block]
-            block += 1
-        here, here_before = block, before
-        while sums[here] <= 0 and here > 0:  # rounding has left the point behind the last id
-            here -= 1
-            here_before -= sums[here]
-        token = _walk(probs_V, here * _BLOCK, here_before, point)[0]
-        draws[part], logprobs[part] = token, np.log(np.float64(probs_V[token]) / mass)
+    step = max(mass / len(draws), least_step)
+    found, part, before, point = 0, 0, 0.0, uniform * step
+    for block in range(len(sums)):
+        if before + sums[block] > point:
+            first, reached = block * _BLOCK, before
+            for token in range(first, min(first + _BLOCK, len(probs_V))):
+                share = np.float64(probs_V[token])
+                reached += share
+                if reached > point and share > 0 and found < len(draws):
+                    draws[found], logprobs[found] = token, np.log(min(share / step, 1.0) / len(draws))
+                    found += 1
+                    while reached > point:
+                        part += 1
+                        point = (part + uniform) * step
+        before += sums[block]

@@ -7,6 +7,7 @@ vocabulary, Q top-k ids, R draws.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.train.batching.passes import PassCutter
-from stillhouse.student_trainer.train.rollouts.continuous_batch import DecodeRow, decode
+from stillhouse.student_trainer.train.rollouts.continuous_batch import DecodeRow, OnRow, decode
 from stillhouse.student_trainer.train.rollouts.generation_mode import GenerationMode, batches, select_mode
 from stillhouse.student_trainer.train.rollouts.row_buffer import RowBuffer
 from stillhouse.student_trainer.train.rollouts.token_sampler import (
@@ -38,6 +39,8 @@ SAMPLED_TOKENS = 16
 """Tokens that are sampled at a time, prompts included, for each one of a training pass: keys and values take far less."""
 SMALL_MODEL = 2**23
 """Weights of a model up to which one thread writes on a CPU."""
+PART_TOKENS = 64
+"""Tokens of a text after which those so far are told: so many take a teacher far longer than a request."""
 _WORTH_TOKENS = 2**20
 """Constant part of a batch's cost, in tokens, by which fewer batches come before less padding."""
 
@@ -55,7 +58,7 @@ class SampledText:
     draws: NDArray[np.int32]
     """[n, R]: ids that the student drew from outside its top-k, -1 where it drew none."""
     draw_logprobs: NDArray[np.float32]
-    """[n, R]: of each draw, in the distribution that it was drawn from."""
+    """[n, R]: log of the mean share of each id in the R draws of its position."""
     finished: bool
     """True if it ends with an end token; False if it was truncated."""
 
@@ -113,18 +116,24 @@ class LocalSampler:
         max_sequence_tokens: int,
         seeds: Sequence[int],
         on_text: OnText = lambda _prompt, _sample, _text: None,
+        on_part: OnText | None = None,
     ) -> list[list[SampledText]]:
         """Samples `samples_per_prompt` completions of each prompt, by the prompt's seed, independently of other prompts.
 
         Prompt and completion together have at most `max_sequence_tokens`, which leaves every prompt room for a token. `on_text` is
-        called for each text, on a CPU in continuous batches while others are still being written. Raises
-        StillhouseError(NON_FINITE) if the student's logits are non-finite.
+        called for each text, on a CPU in continuous batches while others are still being written; there `on_part` is called before
+        with what it has so far, each time that it has PART_TOKENS more. Raises StillhouseError(NON_FINITE) if the student's logits
+        are non-finite.
         """
         texts: dict[int, SampledText] = {}
 
         def keep(row: int, text: SampledText) -> None:
             texts[row] = text
             on_text(*divmod(row, generation.samples_per_prompt), text)
+
+        def tell(row: int, text: SampledText) -> None:
+            if on_part is not None:
+                on_part(*divmod(row, generation.samples_per_prompt), text)
 
         copies = [
             (prompt, np.random.Generator(np.random.PCG64([seed, sample])))
@@ -144,7 +153,12 @@ class LocalSampler:
             stack.enter_context(self._autocast())
             if self._mode.batch == "continuous":
                 self._write_continuously(
-                    copies, generation, max_sequence_tokens, lean=self._mode.lean, keep=keep
+                    copies,
+                    generation,
+                    max_sequence_tokens,
+                    lean=self._mode.lean,
+                    keep=keep,
+                    tell=None if on_part is None else tell,
                 )
                 return _grouped(texts, generation.samples_per_prompt)
             lengths = [
@@ -195,6 +209,7 @@ class LocalSampler:
         *,
         lean: bool,
         keep: Callable[[int, SampledText], None],
+        tell: Callable[[int, SampledText], None] | None,
     ) -> None:
         rows = [
             DecodeRow(prompt, min(generation.max_new_tokens, max_sequence_tokens - len(prompt)))
@@ -222,7 +237,13 @@ class LocalSampler:
                 at = rows_B, places_B.clamp(max=widest - 1)
                 return buffer.draw(rows_B, places_B, logits_BV, uniform_RT[at], uniform_tail_RT[at])
 
-            decode_rows(draw_now, ended=lambda row, count: keep(row, self._text(buffer.row(row, count))))
+            def told(hear: Callable[[int, SampledText], None]) -> OnRow:
+                return lambda row, count: hear(row, self._text(buffer.row(row, count)))
+
+            if tell is None:
+                decode_rows(draw_now, ended=told(keep))
+            else:
+                decode_rows(draw_now, ended=told(keep), part_tokens=PART_TOKENS, advanced=told(tell))
             return
         recorder, taken = TokenRecorder(self._sampler(generation)), []
 
@@ -247,12 +268,16 @@ class LocalSampler:
             yield self._text(whole.at(order[start : start + count]))
 
     def _text(self, own: Recorded) -> SampledText:
+        # Columns that no position fills would cost as much as the others.
+        has_draw, columns = own.draws >= 0, own.draws.shape[1]
+        width = int(has_draw.sum(1).max(initial=0))
+        widened = np.where(has_draw, np.float32(math.log(max(1, columns) / max(1, width))), np.float32(0))
         return SampledText(
             token_ids=own.tokens,
             logprobs=own.logprobs,
             likeliest=own.likeliest,
-            draws=own.draws,
-            draw_logprobs=own.draw_logprobs,
+            draws=own.draws[:, :width],
+            draw_logprobs=(own.draw_logprobs + widened)[:, :width],
             finished=int(own.tokens[-1]) in self._end_ids,
         )
 

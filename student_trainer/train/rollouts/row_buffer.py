@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from stillhouse.student_trainer.train.rollouts import draws_numba
 from stillhouse.student_trainer.train.rollouts.token_sampler import (
     Recorded,
     TokenSampler,
@@ -36,10 +35,7 @@ class RowBuffer:
         self, rows_B: Tensor, places_B: Tensor, logits_BV: Tensor, uniform_B: Tensor, uniform_draws_B: Tensor
     ) -> Tensor:
         """Draws the token of each row at its place, int64 [B], as TokenRecorder does."""
-        drawn, probs_BV = self._sampler.draw_with_probs(logits_BV, uniform_B)
-        support = draws_numba.take_support(
-            probs_BV.numpy(), uniform_draws_B.numpy(), self._sampler.num_likeliest, self._sampler.num_draws
-        )
+        drawn, support = self._sampler.draw_with_support(logits_BV, uniform_B, uniform_draws_B)
         last = self._is_finite_NT.shape[1] - 1
         at = rows_B.numpy(), places_B.clamp(max=last).numpy()
         self._is_finite_NT[at] = drawn.is_finite.numpy()

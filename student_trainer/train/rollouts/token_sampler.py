@@ -21,6 +21,9 @@ _BLOCK = 256
 """Ids whose probabilities are summed first: only those of one block need a cumulative sum."""
 
 
+POINTS_PER_DRAW = 8 / 3
+"""Points that the whole distribution would have for each draw that a position may have."""
+
 LARGEST_UNIFORM = 1 - 2.0**-52
 """Largest number that a draw takes: with it the product with any total is less than the total."""
 
@@ -46,9 +49,9 @@ class Support(NamedTuple):
     likeliest: Tensor
     """int32 [N, Q]: by falling probability of the model."""
     draws: Tensor
-    """int32 [N, R]: drawn by the model's probabilities from all but the likeliest; -1 where nothing is left to draw."""
+    """int32 [N, R]: distinct ids from outside the likeliest, ascending, drawn by the model's probabilities; behind them -1."""
     draw_logprobs: Tensor
-    """float32 [N, R]: of each draw, in the distribution that it was drawn from."""
+    """float32 [N, R]: log of each id's mean share in the R draws: the probability with which it is drawn, over R; 0 at -1."""
 
 
 class Recorded(NamedTuple):
@@ -79,6 +82,12 @@ class TokenSampler:
     num_likeliest: int
     generation: RolloutConfig
     num_draws: int = 0
+    """Most ids that are drawn beside the likeliest."""
+
+    @property
+    def least_step(self) -> float:
+        """Least probability of the model between two points at which ids are drawn: a position with little of it has few."""
+        return 1 / (POINTS_PER_DRAW * max(1, self.num_draws))
 
     def draw(self, logits_BV: Tensor, uniform_B: Tensor) -> Drawn:
         """Draws a token of each sequence by its number `uniform_B`, float64 in [0, LARGEST_UNIFORM].
@@ -93,16 +102,25 @@ class TokenSampler:
         logprobs_B = probs_BV.gather(-1, tokens_B.unsqueeze(-1)).squeeze(-1).log()
         return Drawn(tokens=tokens_B, logprobs=logprobs_B, is_finite=is_finite_B)
 
-    def draw_with_probs(self, logits_BV: Tensor, uniform_B: Tensor) -> tuple[Drawn, Tensor]:
-        """As `draw`, for logits on a CPU, with the model's probabilities at temperature 1."""
+    def draw_with_support(
+        self, logits_BV: Tensor, uniform_B: Tensor, uniform_draws_B: Tensor
+    ) -> tuple[Drawn, draws_numba.SupportArrays]:
+        """As `draw` and `support`, the latter's parts as arrays, for logits on a CPU."""
         logits_BV = logits_BV[:, : self.num_valid].float()
         is_finite_B = torch.isfinite(logits_BV.sum(-1))
         probs_BV = logits_BV.softmax(-1)
-        is_plain = self.generation.temperature == 1 and self.generation.top_p == 1
-        sampled_BV = probs_BV if is_plain else self._probs(logits_BV)
-        tokens_B = torch.from_numpy(draws_numba.draw_tokens(sampled_BV.numpy(), uniform_B.numpy()))
-        logprobs_B = sampled_BV.gather(-1, tokens_B.unsqueeze(-1)).squeeze(-1).log()
-        return Drawn(tokens=tokens_B, logprobs=logprobs_B, is_finite=is_finite_B), probs_BV
+        wanted = self.num_likeliest, self.num_draws, self.least_step
+        if self.generation.temperature == 1 and self.generation.top_p == 1:
+            uniform_2B = torch.stack([uniform_B, uniform_draws_B]).numpy()
+            tokens, support = draws_numba.draw_all(probs_BV.numpy(), uniform_2B, *wanted)
+        else:
+            support = draws_numba.take_support(probs_BV.numpy(), uniform_draws_B.numpy(), *wanted)
+            probs_BV = self._probs(logits_BV)
+            tokens = draws_numba.draw_tokens(probs_BV.numpy(), uniform_B.numpy())
+        tokens_B = torch.from_numpy(tokens)
+        logprobs_B = probs_BV.gather(-1, tokens_B.unsqueeze(-1)).squeeze(-1).log()
+        drawn = Drawn(tokens=tokens_B, logprobs=logprobs_B, is_finite=is_finite_B)
+        return drawn, support
 
     def _probs(self, logits_BV: Tensor) -> Tensor:
         """Probabilities of the sampling distribution."""
@@ -117,7 +135,9 @@ class TokenSampler:
         logits_NV = logits_NV[:, : self.num_valid].float()
         likeliest_NQ = logits_NV.topk(self.num_likeliest, dim=-1).indices.int()
         if self.num_draws:
-            draws_NR, logprobs_NR = _stratified(logits_NV, likeliest_NQ, uniform_N, self.num_draws)
+            draws_NR, logprobs_NR = _systematic(
+                logits_NV, likeliest_NQ, uniform_N, self.num_draws, self.least_step
+            )
         else:
             draws_NR, logprobs_NR = likeliest_NQ[:, :0], logits_NV[:, :0]
         return Support(likeliest=likeliest_NQ, draws=draws_NR, draw_logprobs=logprobs_NR)
@@ -175,29 +195,37 @@ def non_finite_logits() -> StillhouseError:
     )
 
 
-def _stratified(
-    logits_NV: Tensor, likeliest_NQ: Tensor, uniform_N: Tensor, num_draws: int
+def _systematic(
+    logits_NV: Tensor, likeliest_NQ: Tensor, uniform_N: Tensor, num_draws: int, least_step: float
 ) -> tuple[Tensor, Tensor]:
-    """Draws ids outside `likeliest_NQ`, int32 [N, R], ascending, with their log-probabilities there.
+    """Draws distinct ids outside `likeliest_NQ`, int32 [N, R], ascending, with the logs of their mean shares in the R draws.
 
-    The cumulative distribution is cut into R equal parts, of which each gives the id under one place, the same in all parts: a
-    token's number of draws has the mean of independent draws and differs from it by less than 1.
+    On the line of the others' probabilities points lie at equal distances, from a place that is drawn once a position; each id under
+    a point is drawn. So an id with more probability than the distance is drawn for certain, and any other by its share of it.
     """
     tail_NV = logits_NV.softmax(-1).scatter_(-1, likeliest_NQ.long(), 0.0)
     cumulative_NV = tail_NV.cumsum(-1)
     mass_N1 = cumulative_NV[:, -1:]
+    step_N1 = (mass_N1.double() / num_draws).clamp(min=least_step)
     parts_R = torch.arange(num_draws, device=logits_NV.device, dtype=torch.float64)
-    points_NR = ((parts_R + uniform_N.unsqueeze(-1)) / num_draws * mass_N1).float()
+    points_NR = ((parts_R + uniform_N.unsqueeze(-1)) * step_N1).float()
+    is_drawn_NR = (points_NR <= mass_N1) & (mass_N1 > 0)
     # A point that rounding lifts to the end would be behind the last id, as are those of rows with NaN, which mean nothing.
     points_NR = torch.minimum(points_NR, torch.nextafter(mass_N1, torch.zeros_like(mass_N1)))
     draws_NR = torch.searchsorted(cumulative_NV, points_NR, right=True).clamp(max=logits_NV.shape[-1] - 1)
-    # The length of the very part of the line that a draw fell into, so that rounding biases nothing.
+    # The length of the very part of the line that a point fell into, so that rounding biases nothing.
     before_NR = cumulative_NV.gather(-1, (draws_NR - 1).clamp(min=0)).masked_fill(draws_NR == 0, 0.0)
     length_NR = cumulative_NV.gather(-1, draws_NR) - before_NR
     length_NR = torch.where(length_NR > 0, length_NR, tail_NV.gather(-1, draws_NR))
-    is_empty_N1 = mass_N1 <= 0
-    logprobs_NR = (length_NR / mass_N1).log().masked_fill(is_empty_N1, 0.0)
-    return draws_NR.int().masked_fill(is_empty_N1, -1), logprobs_NR
+    is_drawn_NR[:, 1:] &= draws_NR[:, 1:] != draws_NR[:, :-1]
+    # Those that are drawn first.
+    order_NR = (~is_drawn_NR).int().sort(dim=-1, stable=True).indices
+    is_drawn_NR = is_drawn_NR.gather(-1, order_NR)
+    logprobs_NR = ((length_NR.double() / step_N1).clamp(max=1.0) / num_draws).log().float()
+    return (
+        draws_NR.gather(-1, order_NR).int().masked_fill(~is_drawn_NR, -1),
+        logprobs_NR.gather(-1, order_NR).masked_fill(~is_drawn_NR, 0.0),
+    )
 
 
 def _inverse_cdf(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:

@@ -117,6 +117,7 @@ class FeedFactory:
             version=self.state.progress.version,
             gate=gate,
             queries_top_k=queries_top_k,
+            queries_parts=teachers.reuse_prefixes,
             # A run that no service has created settles it here.
             max_staleness=max_staleness(
                 run, config, on_cpu=self.student_side.accelerator.device.type == "cpu"

@@ -34,6 +34,7 @@ class OfflineTeachers:
     end_ids: Sequence[int] = ()
     max_query_tokens = 0
     """A cache answers no further queries."""
+    reuse_prefixes = False
 
     def __init__(self, config: RunConfig, cache: RunCache, tokenizer_fingerprint: str) -> None:
         self._cache = cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
-from stillhouse.protos.stillhouse.v1.teacher_pb2 import CAPABILITY_QUERY_LOGPROBS
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import CAPABILITY_PREFIX_REUSE, CAPABILITY_QUERY_LOGPROBS
 from stillhouse.student_trainer.config.rules.contexts import is_ensemble
 from stillhouse.student_trainer.config.schema import RolloutConfig, RunConfig
 from stillhouse.student_trainer.run_dir import RunDir
@@ -117,6 +117,10 @@ class OnlineTeachers:
         if any(CAPABILITY_QUERY_LOGPROBS not in each.info.capabilities for each in self.members.values()):
             return 0
         return min((teacher.info.max_query_tokens for teacher in self.members.values()), default=0)
+
+    @property
+    def reuse_prefixes(self) -> bool:
+        return all(CAPABILITY_PREFIX_REUSE in each.info.capabilities for each in self.members.values())
 
     def open_stream(self, request: TargetRequest, *, cacheable: bool = True) -> TargetStream:
         streams = {

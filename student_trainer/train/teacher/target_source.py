@@ -39,6 +39,10 @@ class TargetSource(Protocol):
         """Query ids per position that all of them take; 0 if one takes none."""
 
     @property
+    def reuse_prefixes(self) -> bool:
+        """True if all of them score the rest of a text without computing again what came before."""
+
+    @property
     def class_names(self) -> Mapping[str, Sequence[str]]:
         """Names of each teacher's classes, by the teacher's name; empty for a language model."""
 

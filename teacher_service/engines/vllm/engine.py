@@ -121,7 +121,9 @@ class VllmEngine:
             info = replace(
                 info,
                 engine=f"{info.engine} (tier {tier.name})",
-                capabilities=info.capabilities | tier.capabilities,
+                capabilities=info.capabilities
+                | tier.capabilities
+                | ({teacher_pb2.CAPABILITY_PREFIX_REUSE} if tier.reuse else set()),
                 max_query_tokens=tier.max_query_tokens,
                 **_state_sizes(llm, tier),
             )

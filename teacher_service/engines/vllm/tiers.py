@@ -40,6 +40,8 @@ class PublicTier:
     name: TierName = "public"
     capabilities: frozenset[int] = frozenset()
     max_query_tokens = 0
+    reuse = False
+    """True if scored prompts may start from the prefix cache."""
 
     def __init__(self, info: EngineInfo) -> None:
         """`info` describes the loaded model."""

@@ -36,7 +36,7 @@ def targets_of(teacher_V: Tensor, drawer_V: Tensor, num_draws: int, *, rows: int
     logprobs = teacher_V.log_softmax(-1).numpy()
     top = np.argsort(-logprobs)[:K]
     sequence = np.full(rows + 1, top[0], np.int32)
-    queried = logprobs[np.concatenate([likeliest, draws], axis=1)].astype(np.float32)
+    queried = logprobs[np.concatenate([likeliest, draws], axis=1).clip(0)].astype(np.float32)
     answer = Distributions(
         start=1,
         token_ids=np.tile(top, (rows, 1)).astype(np.int32),
@@ -105,15 +105,31 @@ def test_the_bucket_alone_is_another_loss(logits: tuple[Tensor, Tensor, Tensor])
     assert value < 0.9 * exact[0]
 
 
-def test_draws_avoid_the_likeliest_ids_and_come_with_their_probabilities() -> None:
+def test_draws_avoid_the_likeliest_ids_and_come_with_their_mean_shares() -> None:
     logits = torch.randn(50, V, generator=torch.Generator().manual_seed(0))
     sampler = TokenSampler(num_valid=V - 4, num_likeliest=Q, num_draws=9, generation=RolloutConfig(top_p=0.5))
     ends = torch.linspace(0, 1, 50, dtype=torch.float64).clamp(max=LARGEST_UNIFORM)
     drawn = sampler.support(logits, ends)
     assert int(drawn.draws.max()) < V - 4
     assert not (drawn.draws.unsqueeze(-1) == drawn.likeliest.unsqueeze(1)).any()
-    tail = logits[:, : V - 4].scatter(-1, drawn.likeliest.long(), -torch.inf).log_softmax(-1)
-    torch.testing.assert_close(drawn.draw_logprobs, tail.gather(-1, drawn.draws.long()), rtol=1e-4, atol=1e-4)
+    tail = logits[:, : V - 4].softmax(-1).scatter(-1, drawn.likeliest.long(), 0.0)
+    step = (tail.sum(-1, keepdim=True) / 9).clamp(min=sampler.least_step)
+    is_drawn = drawn.draws >= 0
+    shares = (tail.gather(-1, drawn.draws.clamp(min=0).long()) / step).clamp(max=1) / 9
+    torch.testing.assert_close(drawn.draw_logprobs[is_drawn], shares[is_drawn].log(), rtol=1e-4, atol=1e-4)
+
+
+def test_positions_with_little_outside_the_likeliest_have_few_draws_and_all_ids_of_weight() -> None:
+    logits = torch.randn(1, V, generator=torch.Generator().manual_seed(0)).expand(2, V).clone()
+    logits[0] *= 6
+    sampler = TokenSampler(num_valid=V, num_likeliest=Q, num_draws=9, generation=RolloutConfig())
+    drawn = sampler.support(logits, torch.full((2,), 0.5, dtype=torch.float64))
+    counts = (drawn.draws >= 0).sum(-1).tolist()
+    assert counts[0] < counts[1] <= 9
+    probs = logits.softmax(-1).scatter(-1, drawn.likeliest.long(), 0.0)
+    step = (probs.sum(-1, keepdim=True) / 9).clamp(min=sampler.least_step)
+    for row in range(2):
+        assert set((probs[row] > step[row]).nonzero().flatten().tolist()) <= set(drawn.draws[row].tolist())
 
 
 def test_nothing_is_drawn_where_the_likeliest_are_all() -> None:

@@ -52,10 +52,15 @@ def test_compiled_draws_are_those_of_tensors(
     same = support.draws == others.draws  # a place on the border of two ids is rounded
     assert draws == 0 or same.float().mean() > 0.99
     if draws and size > likeliest:
-        logprobs = logits[:, :size].log_softmax(-1).scatter(-1, support.likeliest.long(), -torch.inf)
-        tail = logprobs.log_softmax(-1).gather(-1, support.draws.long())
-        torch.testing.assert_close(support.draw_logprobs, tail)
-        assert (support.draws.diff(dim=-1) >= 0).all()
+        tail = logits[:, :size].softmax(-1).scatter(-1, support.likeliest.long(), 0.0)
+        step = (tail.sum(-1, keepdim=True) / draws).clamp(min=sampler.least_step)
+        is_drawn = support.draws >= 0
+        shares = (tail.gather(-1, support.draws.long().clamp(min=0)) / step).clamp(max=1) / draws
+        torch.testing.assert_close(support.draw_logprobs, torch.where(is_drawn, shares.log(), 0.0))
+        assert ((support.draws.diff(dim=-1) > 0) | ~is_drawn[:, 1:]).all()
+        assert (is_drawn[:, 1:] <= is_drawn[:, :-1]).all()
+        assert is_drawn.any()
+        assert not is_drawn.all()
     elif draws:
         assert (support.draws == -1).all()
         assert (support.draw_logprobs == 0).all()

@@ -1,0 +1,151 @@
+"""Texts whose parts the teacher scores while they are written have the targets of whole texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
+from stillhouse.student_trainer.config.proto import from_proto
+from stillhouse.student_trainer.config.schema import RolloutConfig, StudentConfig, StudentContextConfig
+from stillhouse.student_trainer.train.batching.collate import ScoredExample
+from stillhouse.student_trainer.train.contexts.source import FeedSettings
+from stillhouse.student_trainer.train.contexts.student_feed import StudentFeed
+from stillhouse.student_trainer.train.contexts.warm_start import WarmStart
+from stillhouse.student_trainer.train.data.context_mix import Slot
+from stillhouse.student_trainer.train.data.corpus import load_corpus
+from stillhouse.student_trainer.train.process.waiting import TeacherWait
+from stillhouse.student_trainer.train.rollouts import local_sampler
+from stillhouse.student_trainer.train.rollouts.local_sampler import LocalSampler, SampledText
+from stillhouse.student_trainer.train.rollouts.rollout_buffer import RolloutBuffer
+from stillhouse.student_trainer.train.teacher.online_teachers import OnlineTeachers
+from stillhouse.student_trainer.train.teacher.target_requests import training_request
+from stillhouse.student_trainer.train.teacher.teacher import Demands
+from tests.conftest import Models
+from tests.student_trainer.train.runs import make_run, spec_of
+from tests.student_trainer.train.students import CPU, load_student
+from tests.support.programs import Program
+
+PART, LIKELIEST, DRAWS = 3, 4, 12
+GENERATION = RolloutConfig(max_new_tokens=10, samples_per_prompt=2)
+LOSS = {
+    "terms": [{"divergence": "reverse_kl"}],
+    "sparse_target": "student_tail",
+    "top_k": LIKELIEST,
+    "num_samples": DRAWS,
+}
+
+
+@pytest.fixture(autouse=True)
+def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of few tokens."""
+    monkeypatch.setattr(local_sampler, "PART_TOKENS", PART)
+
+
+@pytest.fixture
+def sampler(models: Models) -> LocalSampler:
+    student = load_student(StudentConfig(model=str(models.student)), models.student)
+    return LocalSampler(
+        student,
+        device=CPU,
+        autocast=torch.no_grad,
+        vocab_size=len(student.tokenizer),
+        num_likeliest=LIKELIEST,
+        num_draws=DRAWS,
+    )
+
+
+def test_a_part_is_the_beginning_of_its_text(sampler: LocalSampler) -> None:
+    prompts = [np.array([5, 6, 7], np.int32), np.array([9], np.int32)]
+    parts: dict[tuple[int, int], list[SampledText]] = {}
+
+    def keep(prompt: int, sample: int, text: SampledText) -> None:
+        parts.setdefault((prompt, sample), []).append(text)
+
+    texts = sampler.write(prompts, GENERATION, max_sequence_tokens=12, seeds=[1, 2], on_part=keep)
+    for prompt, several in enumerate(texts):
+        for sample, text in enumerate(several):
+            told = parts.get((prompt, sample), [])
+            # The end of a text is told as a text, not as a part.
+            whole = (len(text.token_ids) - 1) // PART
+            assert [len(part.token_ids) for part in told] == [PART * (each + 1) for each in range(whole)]
+            for part in told:
+                count, width = part.draws.shape
+                assert part.token_ids.tolist() == text.token_ids[:count].tolist()
+                assert part.draws.tolist() == text.draws[:count, :width].tolist()
+                assert (text.draws[:count, width:] == -1).all()
+    assert any(parts.values())
+
+
+@pytest.mark.parametrize("room", [64, 9], ids=["whole", "cut"])
+def test_parts_have_the_targets_of_whole_texts(
+    sampler: LocalSampler,
+    models: Models,
+    dataset_file: Path,
+    hf_teacher: Program,
+    tmp_path: Path,
+    *,
+    room: int,
+) -> None:
+    spec = spec_of(
+        models.student, dataset_file, hf_teacher.target, loss=LOSS, contexts=[{"weight": 1.0, "student": {}}]
+    )
+    run_dir = make_run(tmp_path, "parts", spec)
+    config = from_proto(run_dir.effective_spec())
+    tokenizer = sampler._student.tokenizer
+    corpus = load_corpus(config.data, config.evaluation, tokenizer, tmp_path)
+    slots = [Slot(position=number, row=number) for number in range(3)]
+    longest = max(len(corpus.train[slot.row].prompt) for slot in slots)
+    with run_dir.open_attempt(1) as attempt, ExitStack() as stack:
+        patience = TeacherWait(attempt, lambda: False, 30)
+        text = tokenizer.backend_tokenizer.to_str()
+        fingerprint = tokenizer_fingerprint(text, tokenizer.special_tokens_map)
+        demands = Demands.from_config(config, fingerprint, text, corpus)
+        teachers = OnlineTeachers.connect(config, demands, run_dir, patience=patience, stack=stack)
+        assert not teachers.reuse_prefixes
+        settings = FeedSettings(
+            context=0,
+            examples=corpus.train,
+            seed=0,
+            ahead=0,
+            max_sequence_tokens=64,
+            # A teacher may take less than the student writes.
+            sequence_limits={"": longest + room},
+            patience=patience,
+        )
+
+        def collected(*, queries_parts: bool) -> Iterator[ScoredExample]:
+            targets = teachers.open_stream(training_request(config.loss, 0), cacheable=False)
+            stack.callback(targets.close)
+            feed = StudentFeed(
+                settings,
+                targets,
+                sampler,
+                StudentContextConfig(generation=GENERATION),
+                in_flight=RolloutBuffer(),
+                version=lambda: 0,
+                gate=WarmStart(None, vocab_size=40, alone=True, field_path="", is_open=True),
+                queries_top_k=True,
+                queries_parts=queries_parts,
+                max_staleness=0,
+            )
+            feed.request(0, slots)
+            yield from feed.collect(0)
+            assert not feed._parts
+
+        whole, parts = (list(collected(queries_parts=each)) for each in (False, True))
+    assert len(whole) == len(parts) == len(slots) * GENERATION.samples_per_prompt
+    for one, other in zip(whole, parts, strict=True):
+        assert one.example.token_ids.tolist() == other.example.token_ids.tolist()
+        assert one.answer is not None
+        assert other.answer is not None
+        assert one.answer.token_ids.tolist() == other.answer.token_ids.tolist()
+        for name in ("logprobs", "target_logprobs", "log_tail", "sampled_logprobs"):
+            np.testing.assert_allclose(
+                getattr(one.answer, name), getattr(other.answer, name), atol=2e-5, err_msg=name
+            )
