@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import sys
 from dataclasses import asdict
-from importlib import import_module
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +15,7 @@ import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.atomic import write_atomic
+from stillhouse.protos.library_imports import MODEL_MODULES, import_modules
 from stillhouse.protos.rpc.audit import AuditLog
 from stillhouse.protos.rpc.auth import TokenFile
 from stillhouse.protos.rpc.server import Server
@@ -198,7 +198,8 @@ async def _load(config: TeacherConfig) -> _LoadedEngine:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         # In a thread: importing torch takes seconds, in which the loop refuses calls and handles signals.
-        engine = getattr(await asyncio.to_thread(import_module, module), name)
+        await asyncio.to_thread(import_modules, [module, *(MODEL_MODULES if config.engine == "hf" else [])])
+        engine = getattr(sys.modules[module], name)
         log.info("engine imported", engine=config.engine)
         loaded: _LoadedEngine = await engine.load(config)
     except ImportError as error:

@@ -10,16 +10,14 @@ Any other: it died, or another process owns the run.
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -31,6 +29,7 @@ from google.protobuf import json_format
 from stillhouse.protos.errors import Reason, StillhouseError, to_json, to_status
 from stillhouse.protos.files.disk_errors import is_full
 from stillhouse.protos.library_errors import is_failure
+from stillhouse.protos.library_imports import MODEL_MODULES, collector_paused, import_modules
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from stillhouse.protos.telemetry.logs import (
     configure_logging,
@@ -62,13 +61,6 @@ DIRECTORY_WAIT_S = 60.0
 """Time until other hosts see a run directory that the first process has made."""
 EXIT_NOT_OWNER = 4
 """Exit code of a process that another one has replaced; it writes nothing more."""
-MODEL_MODULES = (
-    "transformers.models.auto.modeling_auto",
-    "transformers.modeling_utils",
-    "transformers.generation.utils",
-    "torch._dynamo",
-)
-"""Modules that every run imports at the latest with its model and its first update."""
 
 
 @click.command()
@@ -209,21 +201,9 @@ def _run_task(
             from stillhouse.student_trainer.train.loop import train
 
             perform = partial(train, config, attempt, stop_requested, processes.ranks())
-        for name in MODEL_MODULES:
-            import_module(name)
+        import_modules(MODEL_MODULES)
     log.info("libraries imported")
     return perform()
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Pauses the collector of cycles during imports, where it takes a fifth of the time, and keeps it off what they left behind."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def prepare_libraries() -> None:

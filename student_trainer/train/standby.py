@@ -10,23 +10,17 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
 import structlog
 
+from stillhouse.protos.library_imports import MODEL_MODULES, collector_paused, import_modules
 from stillhouse.student_trainer.config.settled.cpu_threads import wait_passively
 from stillhouse.student_trainer.config.settled.micro_batch import HALVE_VARIABLE
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.standby_order import ADAPTER_VARIABLE, Order
-from stillhouse.student_trainer.train.__main__ import (
-    MODEL_MODULES,
-    collector_paused,
-    prepare_libraries,
-    prepare_output,
-    take_attempt,
-)
+from stillhouse.student_trainer.train.__main__ import prepare_libraries, prepare_output, take_attempt
 
 RUN_MODULES = (
     "stillhouse.student_trainer.train.loop",
@@ -47,8 +41,7 @@ def main() -> NoReturn:
     trains_adapter = os.environ.pop(ADAPTER_VARIABLE, "") == "1"
     with collector_paused():
         prepare_libraries()
-        for name in (*RUN_MODULES, *MODEL_MODULES, *(["peft"] if trains_adapter else [])):
-            import_module(name)
+        import_modules((*RUN_MODULES, *MODEL_MODULES, *(["peft"] if trains_adapter else [])))
     order = orders.get()
     os.environ[HALVE_VARIABLE] = str(int(order.halve))
     structlog.contextvars.bind_contextvars(run=order.run_dir.name, attempt=order.attempt)

@@ -71,6 +71,12 @@ def normalised(logits_TV: Tensor, top_k: int) -> Normalised:
     )
 
 
+def prepare_kernels(vocab_size: int) -> None:
+    """Loads the compiled code that rows of a vocabulary need on a CPU, if any, so that the first row does not wait for it."""
+    if not torch.cuda.is_available():
+        normalised(torch.zeros(1, vocab_size), 1)
+
+
 def is_compiled(logits_TV: Tensor, top_k: int) -> bool:
     """True where `topk_numba` applies: contiguous rows on a CPU, with a large enough vocabulary."""
     if logits_TV.device.type != "cpu" or not logits_TV.is_contiguous():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.distributions.from_logits import RowSpec, distributions, require_finite
+from stillhouse.teacher_service.distributions.normalisation import prepare_kernels
 from stillhouse.teacher_service.distributions.sampling import sample_token
 from stillhouse.teacher_service.engine import (
     EngineInfo,
@@ -67,6 +69,8 @@ class HfEngine(ModelEngine):
         torch.set_num_threads(config.num_threads)
         files = locate_model(config.model, config.revision)
         codec = TextCodec.load(config.model, config.revision)
+        # Beside the weights, which are mostly read by compiled code.
+        threading.Thread(target=prepare_kernels, args=[codec.tokenizer_size], daemon=True).start()
         return cls(config, HfModel.load(config, files.directory), codec, files)
 
     async def generate(self, item: GenerateInput) -> AsyncIterator[GeneratedChunk]:
