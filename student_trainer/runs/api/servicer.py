@@ -110,9 +110,11 @@ class RunServicer(RunServiceServicer):
             earlier = await self._db(self._store.find_request, request.request_id, request.spec)
             if earlier is not None:
                 return earlier  # even if its files are gone by now
+        self._supervisor.expectation.sign()
         checked = await self._checked(request.spec)
         effective, datasets = proto.to_proto(checked.config), checked.datasets
         if request.validate_only:
+            self._supervisor.expectation.checked(effective)
             return pb.Run(
                 spec=request.spec, effective_spec=effective, datasets=[each.name for each in datasets]
             )
@@ -159,6 +161,7 @@ class RunServicer(RunServiceServicer):
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
         """Returns a page of runs, newest first."""
+        self._supervisor.expectation.called()
         wanted = read_filter(request)
         before = read_page_token(request.page_token, wanted.digest)
         size = page_size(request.page_size)
@@ -236,6 +239,7 @@ class RunServicer(RunServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadDatasetRequest], context: Context
     ) -> pb.UploadDatasetResponse:
         """Stores a file by its content."""
+        self._supervisor.expectation.sign()
         return await self._datasets.upload(request_iterator)
 
     async def ListDatasets(
@@ -256,18 +260,21 @@ class RunServicer(RunServiceServicer):
 
     async def InspectRows(self, request: pb.InspectRowsRequest, context: Context) -> pb.InspectRowsResponse:
         """Encodes rows as a run would."""
+        self._supervisor.expectation.sign()
         return await self._inspection.inspect(request)
 
     async def InspectDataset(
         self, request: pb.InspectDatasetRequest, context: Context
     ) -> pb.InspectDatasetResponse:
         """Reads a dataset, and encodes some of its rows as a run would."""
+        self._supervisor.expectation.sign()
         return await self._inspection.inspect_dataset(request)
 
     async def InspectStudent(
         self, request: pb.InspectStudentRequest, context: Context
     ) -> pb.InspectStudentResponse:
         """Returns a model's configuration, and this host's memory."""
+        self._supervisor.expectation.sign()
         return await inspect_student(request, self._host)
 
     async def ListArtifacts(

@@ -61,15 +61,18 @@ class DeviceSlots:
 
     def reserve(self, need: DeviceRequest) -> tuple[int, ...] | None:
         """Reserves devices, an empty tuple for a CPU slot; None if they are not free."""
+        devices = self.next_free(need)
+        if devices is not None:
+            self.mark_reserved(devices)
+        return devices
+
+    def next_free(self, need: DeviceRequest) -> tuple[int, ...] | None:
+        """The devices that `reserve` would reserve now."""
         if need.on_cpu:
-            if self._free_cpu <= 0:
-                return None
-            self._free_cpu -= 1
-            return ()
+            return () if self._free_cpu > 0 else None
         devices = need.gpus or tuple(sorted(self._free)[: need.count])
         if len(devices) < need.count or not self._free.issuperset(devices):
             return None
-        self._free.difference_update(devices)
         return devices
 
     def foreseen(self, need: DeviceRequest) -> tuple[int, ...] | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
+import signal
 
-import psutil
 import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError, to_status
@@ -15,26 +14,23 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from stillhouse.student_trainer.config.proto import read
 from stillhouse.student_trainer.config.resume_changes import with_changeable
 from stillhouse.student_trainer.config.schema import RunConfig
-from stillhouse.student_trainer.config.settled.cpu_threads import has_teacher_beside
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.runs.data_dir import DataDir
 from stillhouse.student_trainer.runs.settings import RunServiceSettings
 from stillhouse.student_trainer.runs.store import run_state
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
+from stillhouse.student_trainer.runs.store.run_filter import RunFilter
 from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision import training_process
 from stillhouse.student_trainer.runs.supervision.attempt_monitor import AttemptMonitor, MonitorContext
 from stillhouse.student_trainer.runs.supervision.device_slots import DeviceRequest, DeviceSlots
 from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
+from stillhouse.student_trainer.runs.supervision.run_expectation import RunExpectation
 from stillhouse.student_trainer.runs.supervision.standby import Expected, Standby, end_leftovers
-from stillhouse.student_trainer.runs.supervision.training_process import AdoptedProcess
+from stillhouse.student_trainer.runs.supervision.training_process import AdoptedProcess, ChildProcess
 
 RETRY_S = 5.0
 """Retry interval of the queue or a run after a failure."""
-STANDBY_AFTER_RUN_S = 600.0
-"""Time after the last run's end in which a process waits for another one, by default."""
-STANDBY_FREE_BYTES = 4 * 2**30
-"""Memory that must be free for that: some fourteen times what the process takes."""
 
 log = structlog.get_logger(__name__)
 
@@ -61,13 +57,16 @@ class Supervisor:
         self._monitors: dict[str, AttemptMonitor] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._news = asyncio.Event()
-        self._scheduler: asyncio.Task[None] | None = None
+        self._background: set[asyncio.Task[None]] = set()
+        self._launching: asyncio.Task[None] | None = None
+        """Start of an attempt, which nothing cancels: its process is made in a thread."""
+        self._unmonitored: ChildProcess | None = None
+        """Process that has been started and has no monitor yet."""
+        self._killed = False
         self._standby = Standby(data_dir.path)
-        self._standby_mode = settings.standby
-        self._last_started: Expected | None = None
-        """Needs of the last run that was started."""
-        self._ended_s: float | None = None
-        """Time at which a run of this service ended last, of the monotonic clock."""
+        self.expectation = RunExpectation(
+            settings.standby, slots, credentials=data_dir.credentials_path, on_change=self.wake
+        )
         self._unsure = False
         """True if the store may hold attempts that were never started, because its reply was lost."""
 
@@ -80,8 +79,13 @@ class Supervisor:
         await asyncio.to_thread(end_leftovers, self._data_dir)
         for run in await self._db(self._store.live):
             await self._adopt(run)
+        newest, _ = await self._db(self._store.page, RunFilter(), before=None, limit=1)
+        began = self.expectation.start(newest[0].effective_spec if newest else None)
         self._news.set()
-        self._scheduler = asyncio.create_task(self._schedule(), name="scheduler")
+        self._background = {
+            asyncio.create_task(self._schedule(), name="scheduler"),
+            asyncio.create_task(began, name="first expectation"),
+        }
 
     def wake(self) -> None:
         """Schedules again after a change of the queue."""
@@ -98,9 +102,15 @@ class Supervisor:
 
     async def close(self, *, stop_runs: bool) -> None:
         """Stops scheduling. Live runs continue for the next service, or are stopped and awaited."""
-        if self._scheduler is not None:
-            self._scheduler.cancel()
-            await asyncio.wait({self._scheduler})
+        for each in self._background:
+            each.cancel()
+        if self._background:
+            await asyncio.wait(self._background)
+        self.expectation.close()
+        if self._launching is not None and not self._launching.done():
+            (launched,), _ = await asyncio.wait({self._launching})
+            if launched.exception() is not None:
+                log.warning("attempt not started", why=str(launched.exception()))
         await asyncio.to_thread(self._standby.close)
         if stop_runs:
             for run_id in list(self._tasks):
@@ -113,9 +123,12 @@ class Supervisor:
 
     def kill(self) -> None:
         """Kills all live processes, so that an impatient shutdown leaves none behind."""
+        self._killed = True
         self._standby.close()
         for monitor in self._monitors.values():
             monitor.kill()
+        if self._unmonitored is not None:
+            self._unmonitored.send(signal.SIGKILL)
 
     async def _stop_live(self, run_id: str) -> None:
         try:
@@ -132,7 +145,8 @@ class Supervisor:
                 if self._unsure:
                     await self._catch_up()
                 waiting = await self._start_queued()
-                await self._keep_standby(waiting)
+                expected = self.expectation.expected(waiting, is_idle=not self._monitors)
+                await asyncio.to_thread(self._standby.keep, expected)
                 self._unsure = False
                 continue
             except StillhouseError as error:
@@ -173,57 +187,9 @@ class Supervisor:
                 blocked.add(need.on_cpu)
                 first = first or run
             else:
-                await self._launch(run, devices)
+                self._launching = asyncio.create_task(self._launch(run, devices), name="launch")
+                await asyncio.shield(self._launching)
         return first
-
-    async def _keep_standby(self, waiting: Run | None) -> None:
-        """Keeps a process for `waiting`, the first queued run, or for one like the last, for a time or always."""
-        expected = None
-        if waiting is not None and self._standby_mode != "off":
-            expected = self._expect(waiting)
-        elif self._standby_mode == "always":
-            expected = self._last_started or self._expect_any()
-        elif self._standby_mode == "queue" and self._has_just_ended():
-            expected = self._last_started
-        await asyncio.to_thread(self._standby.keep, expected)
-
-    def _has_just_ended(self) -> bool:
-        """True for a while after the last run has ended, while none is live and memory is plentiful."""
-        return (
-            self._ended_s is not None
-            and not self._monitors
-            and time.monotonic() < self._ended_s + STANDBY_AFTER_RUN_S
-            and psutil.virtual_memory().available >= STANDBY_FREE_BYTES
-        )
-
-    def _expect(self, run: Run) -> Expected | None:
-        """Needs of a run that waits; None if its devices are not known yet, or it has several processes."""
-        try:
-            config = read(RunConfig, run.effective_spec)
-        except StillhouseError:
-            return None  # its start will say why
-        devices = self.slots.foreseen(DeviceRequest.from_spec(run.effective_spec))
-        if devices is None or config.resources.processes > 1:
-            return None
-        return Expected(environ=self._environ(config, devices), adapter=config.student.trains_adapter)
-
-    def _expect_any(self) -> Expected | None:
-        """Needs of a run beside a teacher on this machine, if the service has no choice of devices."""
-        if len(self.slots.gpus) > 1:
-            return None
-        threads = self.slots.threads(self.slots.gpus, beside_teacher=True)
-        environ = training_process.environment(
-            devices=self.slots.gpus, threads=threads, credentials=self._data_dir.credentials_path
-        )
-        return Expected(environ=environ, adapter=False)
-
-    def _environ(self, config: RunConfig, devices: tuple[int, ...], *, halve: bool = False) -> dict[str, str]:
-        return training_process.environment(
-            devices=devices,
-            threads=self.slots.threads(devices, beside_teacher=has_teacher_beside(config)),
-            credentials=self._data_dir.credentials_path,
-            halve=halve,
-        )
 
     async def _refuse(self, run: Run, lack: str) -> None:
         run_id = run.name.removeprefix("runs/")
@@ -250,16 +216,19 @@ class Supervisor:
             self.slots.release(devices)
             await self._fail_to_start(run_id, attempt, error)
             return
+        if self._killed:
+            return
         log.info("attempt started", run=run_id, attempt=attempt, devices=devices, pid=child.pid)
         monitor = AttemptMonitor(self._context, run_id, run_dir, attempt=attempt, process=child)
         self._monitor(run_id, monitor, devices)
+        self._unmonitored = None
         if (await self._db(self._store.get, run_id)).state == run_state.STOPPING:
             monitor.request_stop()
 
     def _spawn(
         self, run: Run, run_dir: RunDir, attempt: int, devices: tuple[int, ...], *, halve: bool
-    ) -> training_process.ChildProcess:
-        """Fences off earlier attempts, then starts the process."""
+    ) -> ChildProcess:
+        """Fences off earlier attempts, then starts the process; one that `kill` has missed is killed."""
         if not run_dir.effective_spec_path.exists():
             RunDir.create(run_dir.path, run.spec, run.effective_spec)
         effective = run.effective_spec
@@ -269,14 +238,20 @@ class Supervisor:
         run_dir.write_control(attempt, stop=False)
         training_process.end_leftover(run_dir)
         config = read(RunConfig, run.effective_spec)
-        environ = self._environ(config, devices, halve=halve)
+        environ = self.expectation.environ(config, devices, halve=halve)
         if (
             config.resources.processes > 1
         ):  # they share the threads, which are set when libraries are imported
-            return training_process.start(run_dir, attempt, environ)
-        self._last_started = Expected(environ=environ, adapter=config.student.trains_adapter)
-        taken = self._standby.take(run_dir, attempt, environ)
-        return taken or training_process.start(run_dir, attempt, environ)
+            child = training_process.start(run_dir, attempt, environ)
+        else:
+            self.expectation.started(Expected(environ=environ, adapter=config.student.trains_adapter))
+            child = self._standby.take(run_dir, attempt, environ) or training_process.start(
+                run_dir, attempt, environ
+            )
+        self._unmonitored = child
+        if self._killed:
+            child.end()
+        return child
 
     async def _fail_to_start(self, run_id: str, attempt: int, cause: Exception) -> None:
         error = StillhouseError(
@@ -329,9 +304,7 @@ class Supervisor:
             # A resumed run may have its next monitor already.
             if self._monitors.get(run_id) is monitor:
                 del self._monitors[run_id], self._tasks[run_id]
-            self._ended_s = time.monotonic()
-            self.wake()
-            asyncio.get_running_loop().call_later(STANDBY_AFTER_RUN_S + 1.0, self.wake)
+            self.expectation.sign()
 
     async def _watch(self, run_id: str, monitor: AttemptMonitor) -> None:
         """Returns once the run's end is in the store; failures are retried."""

@@ -71,6 +71,11 @@ class ChildProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
+    def end(self) -> None:
+        """Kills its process group and waits for its end."""
+        self.send(signal.SIGKILL)
+        self._process.wait()
+
 
 class AdoptedProcess:
     """A process started by an earlier service; its record is None if it exited meanwhile."""

@@ -17,11 +17,14 @@ import pytest
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
+from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.runs.service import serve
 from stillhouse.student_trainer.runs.settings import RunServiceSettings
 from stillhouse.student_trainer.runs.store.run_state import ENDED
+from stillhouse.student_trainer.runs.store.store import Store
 from tests.student_trainer.runs.api.caller import refused, stub_for, wait_ended, watch
 from tests.student_trainer.runs.api.conftest import Service
+from tests.support.processes import no_process_left
 from tests.support.runs import wait_until
 
 
@@ -95,6 +98,42 @@ def _fail_wait_and_stop(folder: Path, target: str) -> None:
         )
         stub.StopRun(pb.StopRunRequest(name=live.name))
         assert wait_ended(stub, live.name).state in ENDED
+
+
+@pytest.mark.parametrize("hastened", [False, True])
+async def test_a_run_that_starts_while_the_service_drains_ends_with_it(
+    tmp_path: Path, *, hastened: bool
+) -> None:
+    with no_process_left() as mark, pytest.MonkeyPatch.context() as patch:
+        for name, value in mark.items():
+            patch.setenv(name, value)
+        async with serving(tmp_path) as target:
+            name, gate = await asyncio.to_thread(_start_behind_gate, tmp_path, target)
+            loop = asyncio.get_running_loop()
+            if hastened:
+                loop.call_later(0.3, os.kill, os.getpid(), signal.SIGTERM)
+            loop.call_later(0.6, os.close, gate)  # while the service drains
+        await asyncio.sleep(1.0 if hastened else 0.0)
+        store = Store.open(tmp_path / "data" / "stillhouse.db")
+        run = store.get(name.removeprefix("runs/"))
+        store.close()
+    assert hastened or run.state in ENDED
+    assert len(run.attempts) == 1
+
+
+def _start_behind_gate(folder: Path, target: str) -> tuple[str, int]:
+    """A run whose attempt is being started: its effective spec is a pipe, which is read until the descriptor is closed."""
+    with stub_for(target) as stub:
+        service = service_at(folder, stub)
+        live, waiting = service.create(), service.create()
+        run_dir = RunDir.create(service.data_dir / waiting.name, waiting.spec, waiting.effective_spec)
+        given = run_dir.path / "given.json"
+        run_dir.effective_spec_path.rename(given)
+        os.mkfifo(run_dir.effective_spec_path)
+        stub.StopRun(pb.StopRunRequest(name=live.name))
+        gate = os.open(run_dir.effective_spec_path, os.O_WRONLY)  # once it is read
+        given.rename(run_dir.effective_spec_path)
+    return waiting.name, gate
 
 
 def _read_what_a_run_left(service: Service, name: str) -> None:

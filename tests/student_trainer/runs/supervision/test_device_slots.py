@@ -32,6 +32,8 @@ def test_a_run_gets_the_devices_that_it_names_or_waits() -> None:
     assert slots.reserve(DeviceRequest(count=2)) == (0, 3)
     assert slots.reserve(DeviceRequest(count=1)) is None
     slots.release((0, 3))
+    assert slots.next_free(DeviceRequest(count=1)) == (0,)
+    assert slots.next_free(DeviceRequest(count=3)) is None
     assert slots.reserve(DeviceRequest(gpus=(3,))) == (3,)
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import psutil
@@ -16,6 +16,7 @@ from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.runs.supervision import training_process
+from stillhouse.student_trainer.runs.supervision.run_expectation import FREE_BYTES
 from stillhouse.student_trainer.runs.supervision.standby import Expected, Standby
 from stillhouse.student_trainer.runs.supervision.training_process import Exit
 from tests.conftest import Models
@@ -35,11 +36,11 @@ def standby_pids(data_dir: Path) -> list[int]:
     ]
 
 
-def wait_standby(data_dir: Path) -> psutil.Process:
-    """The one standby process, once it has imported its libraries."""
+def wait_standby(data_dir: Path, *, besides: Collection[int] = ()) -> psutil.Process:
+    """The one standby process, once it has imported its libraries; those `besides` have a run."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
-        for pid in standby_pids(data_dir):
+        for pid in set(standby_pids(data_dir)) - set(besides):
             maps = Path(f"/proc/{pid}/maps").read_text()
             # Of the last module that it imports before it waits, torch is long loaded.
             if "libtorch_cpu" in maps:
@@ -64,11 +65,12 @@ def test_a_queued_run_takes_the_standby_process(
     endless = cross_entropy_spec(models.student, dataset_file, steps=ENDLESS)
     with stub_for(trainer_service("--standby", "queue").target) as stub:
         first = stub.CreateRun(pb.CreateRunRequest(spec=endless)).name
-        assert not standby_pids(data_dir)
-        second = stub.CreateRun(pb.CreateRunRequest(spec=endless)).name
-        standby = wait_standby(data_dir)
-        assert oom_score(standby.pid) == 1000
         wait_step(stub, first, 1)
+        earlier = training_pid(data_dir, first)
+        assert not set(standby_pids(data_dir)) - {earlier}  # no run is near while one trains
+        second = stub.CreateRun(pb.CreateRunRequest(spec=endless)).name
+        standby = wait_standby(data_dir, besides=[earlier])
+        assert oom_score(standby.pid) == 1000
         stub.StopRun(pb.StopRunRequest(name=first))
         wait_step(stub, second, 2)
         assert oom_score(standby.pid) == oom_score(standby.ppid())
@@ -86,18 +88,23 @@ def test_a_queued_run_takes_the_standby_process(
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_a_run_after_another_takes_the_standby_process(
+def test_a_run_takes_the_standby_process_of_a_call_or_of_a_run_before_it(
     trainer_service: Callable[..., Program], models: Models, dataset_file: Path, tmp_path: Path
 ) -> None:
+    if psutil.virtual_memory().available < FREE_BYTES:
+        pytest.skip("no process waits where memory is short")
     data_dir = tmp_path / "trainer-data"
     spec = cross_entropy_spec(models.student, dataset_file, steps=1)
     with stub_for(trainer_service("--standby", "queue").target) as stub:
-        wait_ended(stub, stub.CreateRun(pb.CreateRunRequest(spec=spec)).name)
-        standby = wait_standby(data_dir)
-        second = stub.CreateRun(pb.CreateRunRequest(spec=spec)).name
-        run = wait_ended(stub, second)
-    assert training_pid(data_dir, second) == standby.pid
-    assert run.state == Run.STATE_COMPLETED
+        stub.CreateRun(pb.CreateRunRequest(spec=spec, validate_only=True))
+        taken: list[int] = []
+        for _ in range(2):
+            standby = wait_standby(data_dir, besides=taken)
+            name = stub.CreateRun(pb.CreateRunRequest(spec=spec)).name
+            run = wait_ended(stub, name)
+            assert training_pid(data_dir, name) == standby.pid
+            assert run.state == Run.STATE_COMPLETED
+            taken.append(standby.pid)
 
 
 @pytest.mark.model
@@ -112,9 +119,9 @@ def test_a_run_starts_without_a_standby_process_that_was_killed(
         second = stub.CreateRun(
             pb.CreateRunRequest(spec=cross_entropy_spec(models.student, dataset_file))
         ).name
-        standby = wait_standby(data_dir)
-        standby.kill()
         wait_step(stub, first, 1)
+        standby = wait_standby(data_dir, besides=[training_pid(data_dir, first)])
+        standby.kill()
         stub.StopRun(pb.StopRunRequest(name=first))
         run = wait_ended(stub, second)
         assert (run.state, len(run.attempts)) == (Run.STATE_COMPLETED, 1)
@@ -128,18 +135,20 @@ def test_a_run_learns_the_same_in_a_standby_process(
 ) -> None:
     data_dir = tmp_path / "trainer-data"
     spec = cross_entropy_spec(models.student, dataset_file)
-    with stub_for(trainer_service("--standby", "queue").target) as stub:
+    with stub_for(trainer_service(data_dir=tmp_path / "cold").target) as stub:
         alone = stub.CreateRun(pb.CreateRunRequest(spec=spec)).name
         wait_ended(stub, alone)
+    with stub_for(trainer_service("--standby", "queue").target) as stub:
         endless = cross_entropy_spec(models.student, dataset_file, steps=ENDLESS)
         first = stub.CreateRun(pb.CreateRunRequest(spec=endless)).name
         queued = stub.CreateRun(pb.CreateRunRequest(spec=spec)).name
-        standby = wait_standby(data_dir)
         wait_step(stub, first, 1)
+        standby = wait_standby(data_dir, besides=[training_pid(data_dir, first)])
         stub.StopRun(pb.StopRunRequest(name=first))
         wait_ended(stub, queued)
     assert training_pid(data_dir, queued) == standby.pid
-    weights = [(data_dir / name / "final" / "model.safetensors").read_bytes() for name in (alone, queued)]
+    folders = tmp_path / "cold" / alone, data_dir / queued
+    weights = [(each / "final" / "model.safetensors").read_bytes() for each in folders]
     assert weights[0] == weights[1]
 
 
@@ -187,8 +196,8 @@ def test_a_run_that_a_standby_process_takes_while_its_service_dies_is_adopted(
             endless = cross_entropy_spec(models.student, dataset_file, steps=ENDLESS)
             first = stub.CreateRun(pb.CreateRunRequest(spec=endless)).name
             second = stub.CreateRun(pb.CreateRunRequest(spec=endless)).name
-            standby = wait_standby(data_dir)
             wait_step(stub, first, 1)
+            standby = wait_standby(data_dir, besides=[training_pid(data_dir, first)])
             standby.suspend()
             stub.StopRun(pb.StopRunRequest(name=first))
             wait_started(program, second)
