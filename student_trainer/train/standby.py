@@ -21,6 +21,7 @@ from stillhouse.student_trainer.config.settled.micro_batch import HALVE_VARIABLE
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.standby_order import ADAPTER_VARIABLE, Order
 from stillhouse.student_trainer.train.__main__ import prepare_libraries, prepare_output, take_attempt
+from stillhouse.student_trainer.train.setup.first_use import load_first_use
 
 RUN_MODULES = (
     "stillhouse.student_trainer.train.loop",
@@ -42,6 +43,8 @@ def main() -> NoReturn:
     with collector_paused():
         prepare_libraries()
         import_modules((*RUN_MODULES, *MODEL_MODULES, *(["peft"] if trains_adapter else [])))
+    if orders.empty():
+        load_first_use()
     order = orders.get()
     os.environ[HALVE_VARIABLE] = str(int(order.halve))
     structlog.contextvars.bind_contextvars(run=order.run_dir.name, attempt=order.attempt)
