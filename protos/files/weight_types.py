@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from stillhouse.protos.files.weight_names import listed
 
 PLAIN_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
 """Types whose values are those of the weights."""
+_SCALES = (".absmax", ".SCB")
+"""Ends of the names of bitsandbytes' scales, in 4 and in 8 bits."""
 
 
 def unscaled_weights(directory: Path, types: Mapping[str, tuple[str, int]]) -> str:
@@ -32,10 +35,29 @@ def unscaled_weights(directory: Path, types: Mapping[str, tuple[str, int]]) -> s
     )
 
 
+def plain_weights(directory: Path, names: Collection[str]) -> str:
+    """Returns the problem with a model whose configuration says that bitsandbytes has quantised it, and whose tensors are plain.
+
+    Empty if there is none; `names` are those of its tensors. The text completes the sentence "the model …".
+    """
+    methods = {each.get("quant_method") for each in _quantisations(directory) if isinstance(each, dict)}
+    if "bitsandbytes" not in methods or any(name.endswith(_SCALES) for name in names):
+        return ""
+    return (
+        'has a quantization_config of "bitsandbytes" in its config.json, and its files hold plain weights; take quantization_config '
+        "out of config.json"
+    )
+
+
 def _names_quantisation(directory: Path) -> bool:
+    return any(_quantisations(directory))
+
+
+def _quantisations(directory: Path) -> list[Any]:
+    """Every quantization_config of a model's configuration and of its parts."""
     try:
         config = json.loads((directory / "config.json").read_bytes())
     except (OSError, ValueError):
-        return False
+        return []
     parts = [config, *config.values()] if isinstance(config, dict) else []
-    return any(isinstance(each, dict) and each.get("quantization_config") for each in parts)
+    return [each.get("quantization_config") for each in parts if isinstance(each, dict)]

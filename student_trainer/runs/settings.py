@@ -44,7 +44,7 @@ class RunServiceSettings:
     standby: StandbyMode = setting(
         'A training process that has imported its libraries and waits for the next run, which starts some seconds sooner: "queue" '
         "keeps one while a run is queued behind another and, where 4 GiB are free, for ten minutes after the service's start, a "
-        'run\'s end, or a client\'s call that may precede a run; "always" keeps one. It takes memory while it waits.',
+        "run's end, or a client's call that may precede a run; \"always\" keeps one. It takes memory while it waits.",
         "queue",
         choices=get_args(StandbyMode),
     )

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
+from stillhouse.protos.files.model_settings import GENERATION_SETTINGS, wrong_settings
 from stillhouse.protos.library_errors import reported_as
 from stillhouse.protos.rows.chat_template import ContentForm, select_template
 from stillhouse.protos.rows.conversation import Turns
@@ -87,6 +88,8 @@ class TextCodec:
         from transformers import AutoTokenizer
 
         directory = locate_model(model, revision, weights=False).directory
+        if problem := wrong_settings(directory / GENERATION_SETTINGS):
+            raise StillhouseError(Reason.MODEL_NOT_FOUND, f"{model} {problem}.")
 
         def refused(error: BaseException) -> StillhouseError:
             return StillhouseError(

@@ -15,7 +15,7 @@ import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.files.weight_names import listed, wrapper_patterns
-from stillhouse.protos.files.weight_types import unscaled_weights
+from stillhouse.protos.files.weight_types import plain_weights, unscaled_weights
 from stillhouse.teacher_service.models.files import is_quantised
 from stillhouse.teacher_service.models.fingerprint import weight_files
 
@@ -144,6 +144,8 @@ def _tensor_shapes(directory: Path, files: Iterable[Path], model: str) -> dict[s
         raise _refused(
             model, problem, "Give the checkpoint with its quantization_config, or one in bfloat16 or float32"
         )
+    if problem := plain_weights(directory, shapes):
+        raise _refused(model, problem, "--quantization quantises plain weights while they are loaded")
     return shapes
 
 

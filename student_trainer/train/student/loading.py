@@ -13,6 +13,7 @@ from stillhouse.student_trainer.config.checks import invalid_field
 from stillhouse.student_trainer.config.schema import StudentConfig
 from stillhouse.student_trainer.train.data.readers import resolve
 from stillhouse.student_trainer.train.student.adapters import add_adapter, load_adapter, merge
+from stillhouse.student_trainer.train.student.checkpoint_files import wrong_generation_settings
 from stillhouse.student_trainer.train.student.pretrained import UnfitModelError, load_pretrained
 
 
@@ -65,7 +66,9 @@ def load_base(
     except UnfitModelError as error:
         raise model_not_found(config, source, str(error)) from error
     except Exception as error:  # loaders raise whatever their file formats raise
-        problem = f"cannot be loaded as a causal language model from safetensors ({first_line(error)})"
+        problem = wrong_generation_settings(source, common["revision"]) or (
+            f"cannot be loaded as a causal language model from safetensors ({first_line(error)})"
+        )
         raise model_not_found(config, source, problem) from error
     return model
 

@@ -10,8 +10,8 @@ import torch
 
 from stillhouse.protos.files.weight_names import listed, wrapper_patterns
 from stillhouse.student_trainer.train.student.checkpoint_files import (
-    codes_without_scales,
     lost_biases,
+    misread_weights,
     weight_files,
 )
 
@@ -66,7 +66,7 @@ def load_pretrained(source: str, **options: Any) -> Any:
             f"holds an adapter that is not merged ({listed(unmerged)}), which would be left out; merge it"
         )
     files = weight_files(source, options.get("revision"))
-    if problem := codes_without_scales(files):
+    if problem := misread_weights(files):
         raise UnfitModelError(problem)
     if lost := lost_biases(model, unexpected, files):
         raise UnfitModelError(

@@ -184,6 +184,17 @@ def test_a_template_that_refuses_is_a_bad_request(directory: Path, tmp_path: Pat
         TextCodec.load(str(tmp_path)).render(parse_turns([{"role": "user", "content": "hi"}]))
 
 
+def test_generation_settings_that_are_no_object_are_refused_by_name(directory: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((directory / name).read_bytes())
+    (tmp_path / "generation_config.json").write_text(json.dumps(["settings"] * 20))
+    with pytest.raises(
+        StillhouseError, match=r'generation_config\.json that holds \["settings", .*…, not an'
+    ) as caught:
+        TextCodec.load(str(tmp_path))
+    assert caught.value.reason is Reason.MODEL_NOT_FOUND
+
+
 TOOL = {"type": "function", "function": {"name": "rain", "parameters": {"type": "object", "properties": {}}}}
 CALLING = [
     {"role": "user", "content": "hi"},

@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.student_trainer.config.schema import StudentConfig
+from stillhouse.student_trainer.train.student.loading import load_base
 from stillhouse.student_trainer.train.student.pretrained import (
     UnfitModelError,
     check_causal,
@@ -60,6 +63,38 @@ def test_a_model_that_lacks_weights_is_refused_by_their_names(tmp_path: Path, ca
     _saved(tmp_path, change, **settings)
     with pytest.raises(UnfitModelError, match=re.escape(named)):
         load_pretrained(str(tmp_path))
+
+
+def _set(directory: Path, name: str, content: Any) -> None:
+    path = directory / name
+    before = json.loads(path.read_bytes()) if path.exists() else {}
+    path.write_text(json.dumps(before | content if isinstance(content, dict) else content))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        (
+            "config.json",
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+            'has a quantization_config of "bitsandbytes" in its config.json, and its files hold plain weights; take',
+        ),
+        (
+            "generation_config.json",
+            [{"eos_token_id": 1}],
+            'has a generation_config.json that holds [{"eos_token_id": 1}], not an object of settings; save that file again, or',
+        ),
+        ("generation_config.json", None, "has a generation_config.json that holds null, not an object"),
+    ],
+)
+def test_settings_that_mean_something_else_are_named_with_a_remedy(
+    tmp_path: Path, name: str, content: Any, named: str
+) -> None:
+    _saved(tmp_path, dict)
+    _set(tmp_path, name, content)
+    with pytest.raises(StillhouseError, match=re.escape(named)) as caught:
+        load_base(StudentConfig(model=str(tmp_path)), tmp_path, torch.float32)
+    assert caught.value.reason is Reason.MODEL_NOT_FOUND
 
 
 def test_a_classifier_is_no_language_model(tmp_path: Path) -> None:

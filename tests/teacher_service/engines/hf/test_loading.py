@@ -286,6 +286,14 @@ def test_an_engine_that_goes_by_files_alone_refuses_what_transformers_repairs(qw
         check_weight_names(qwen, "it").require_plain("it")
 
 
+def test_plain_weights_that_are_said_to_be_quantised_are_refused(qwen: Path) -> None:
+    config = json.loads((qwen / "config.json").read_text())
+    declared = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (qwen / "config.json").write_text(json.dumps({**config, **declared}))
+    with pytest.raises(StillhouseError, match=r'"bitsandbytes".*plain weights; take.*--quantization'):
+        load(qwen)
+
+
 @pytest.mark.parametrize("files", [1, 3])
 def test_quantised_matrices_have_other_tensors_in_the_place_of_their_weight(qwen: Path, files: int) -> None:
     config = json.loads((qwen / "config.json").read_text())
