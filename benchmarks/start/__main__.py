@@ -1,5 +1,6 @@
-"""Seconds of four starts with their stages: a run from `run create` to its first step, one that is created a while after another's
-end, one that was queued from the end of the run before it, and a teacher to its first answer.
+"""Seconds of five starts with their stages: a run from `run create` to its first step, the first one of a service that has been up
+for a while, one that is created a while after another's end, one that was queued from the end of the run before it, and a teacher to
+its first answer.
 
 Prints the CPU seconds of a start beside the clock's, which other work on the machine does not change, and those of the
 imports alone; and `stillhouse --help`, whose limit is MAX_HELP_S. Models are small and made on the spot: weights of a real size
@@ -37,7 +38,7 @@ from tests.support.programs import start_teacher, start_trainer
 MAX_HELP_S = 0.15
 WAIT_S = 300.0
 QUEUED_S = 20.0
-"""Time in the queue, or between two runs, in which a standby process has imported its libraries."""
+"""Time in the queue, from a service's start, or between two runs, in which a standby process has imported its libraries."""
 ENDLESS = 1_000_000
 IMPORTS = {
     "torch": "import torch",
@@ -106,6 +107,7 @@ def _measure(
 ) -> None:
     models = make_models(directory / "models", 2)
     rows = write_rows(directory / "rows.jsonl", 256, LENGTH)
+    options = ["--standby", standby]
     with ExitStack() as stack:
         began_s = time.time()
         teacher = stack.enter_context(start_teacher(models.teacher, engine=engine, directory=directory))
@@ -115,12 +117,18 @@ def _measure(
         cpu_s = sum(_cpu_seconds(each) for each in _tree(teacher.pid))
         stages = timeline(teacher.log(10**7), began_s, answered_s, "first answer")
         figures["teacher"] = _figures(stages, cpu_s)
-        service = stack.enter_context(
-            start_trainer(directory / "data", directory=directory, options=["--standby", standby])
-        )
+        service = stack.enter_context(start_trainer(directory / "data", directory=directory, options=options))
         trainer = stack.enter_context(Trainer(service.target))
         spec = _spec(models.student, rows, teacher.target, lora=lora)
         figures["runs"] = [_start_run(trainer, directory / "data", spec) for _ in range(repeat)]
+        figures["first"] = []
+        for number in range(repeat):
+            data = directory / f"first-{number}"
+            with (
+                start_trainer(data, directory=data.with_suffix(".log"), options=options) as other,
+                Trainer(other.target) as of_other,
+            ):
+                figures["first"].append(_start_run(of_other, data, spec, after_s=QUEUED_S))
         figures["later"] = [
             _start_run(trainer, directory / "data", spec, after_s=QUEUED_S) for _ in range(repeat)
         ]
@@ -216,6 +224,10 @@ def _report(console: Console, figures: dict[str, Any]) -> None:
     starts = [("teacher to its first answer", figures.get("teacher"))]
     starts += [
         (f"run {number + 1} to its first step", each) for number, each in enumerate(figures.get("runs", ()))
+    ]
+    starts += [
+        (f"first run of service {number + 1}, created {QUEUED_S:g} s after its start", each)
+        for number, each in enumerate(figures.get("first", ()))
     ]
     starts += [
         (f"run {number + 1} created {QUEUED_S:g} s after another's end", each)
