@@ -29,7 +29,7 @@ def with_query(
 
     The tail of the union is the teacher's tail less the queried mass outside its top-k, in float64. It is a
     difference: below TAIL_FLOOR it is taken to be TAIL_FLOOR, which bounds a reverse KL whose student has mass there.
-    Draws of the student, if they were queried behind its top-k, become the sampled tokens.
+    Draws of the student, if they were queried behind its top-k, become the sampled tokens in place of the teacher's.
     """
     assert answer.query_logprobs is not None, "the query had query ids"
     width = query_token_ids.shape[1]
@@ -56,8 +56,8 @@ def with_query(
         logprobs=np.concatenate([answer.logprobs, added], axis=1).astype(np.float32),
         log_tail=log_tail.astype(np.float32),
         query_logprobs=None,
-        sampled_token_ids=draws,
-        sampled_logprobs=None if draws is None else of_draws,
+        sampled_token_ids=answer.sampled_token_ids if draws is None else draws,
+        sampled_logprobs=answer.sampled_logprobs if draws is None else of_draws,
     )
     return joined, int(clamped.sum())
 

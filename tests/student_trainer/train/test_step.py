@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from google.protobuf import json_format
+from transformers import AutoModelForCausalLM
 
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
@@ -108,6 +109,40 @@ def test_chunks_of_whole_logits_change_nothing(
         patched.setattr(step, "CHUNK_LOGITS", 7 * 400)
         found = _take(_config(models), tmp_path)
     _same(found, _config(models), tmp_path)
+
+
+@pytest.mark.faults(row=18)
+def test_a_step_with_a_non_finite_loss_is_counted_and_leaves_no_trace(models: Models, tmp_path: Path) -> None:
+    untied = AutoModelForCausalLM.from_pretrained(models.student)
+    head = untied.get_input_embeddings().weight.detach().clone()
+    untied.config.tie_word_embeddings = False
+    untied.lm_head.weight = torch.nn.Parameter(head)
+    untied.save_pretrained(tmp_path / "untied")
+    load_tokenizer(_config(models).student, tmp_path).save_pretrained(tmp_path / "untied")
+    config = _config(models, student__model=str(tmp_path / "untied"), optimizer__micro_batch_size=1)
+    lost_id = len(load_tokenizer(config.student, tmp_path)) - 1
+
+    def train(*steps: list[ScoredExample]) -> tuple[dict[str, torch.Tensor], Progress]:
+        student, progress = load_student(config.student, tmp_path), Progress()
+        with torch.no_grad():
+            student.model.get_input_embeddings().weight[lost_id] = torch.nan
+        stepper = make_stepper(config, student, total_steps=len(steps))
+        for number, scored in enumerate(steps):
+            stepper.take_step(StepData(step=number, scored=scored, teacher_wait_s=0.0), progress)
+        return student.trainable_parameters(), progress
+
+    good = _scored(lost_id)
+    last = good[-1].example  # behind passes whose gradients are there already
+    token_ids = np.concatenate([[lost_id], last.token_ids[1:]]).astype(np.int32)
+    bad = [*good[:-1], replace(good[-1], example=replace(last, token_ids=token_ids))]
+
+    weights, progress = train(good, bad, good)
+    expected, undisturbed = train(good, good)
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=0, equal_nan=True, msg=name)
+    assert (progress.step, progress.skipped_steps, progress.skipped_in_a_row) == (3, 1, 0)
+    assert progress.trained_tokens == undisturbed.trained_tokens
+    assert train(good, bad, bad)[1].skipped_in_a_row == 2
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8])

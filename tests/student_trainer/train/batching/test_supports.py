@@ -18,6 +18,7 @@ from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.student_trainer.config.proto import from_proto
 from stillhouse.student_trainer.config.schema import RolloutConfig, StudentConfig, StudentContextConfig
 from stillhouse.student_trainer.train.batching.supports import TAIL_FLOOR, mix, with_query
+from stillhouse.student_trainer.train.batching.target_forms import target_rows
 from stillhouse.student_trainer.train.contexts.source import FeedSettings
 from stillhouse.student_trainer.train.contexts.student_feed import StudentFeed
 from stillhouse.student_trainer.train.contexts.warm_start import WarmStart
@@ -78,6 +79,29 @@ def test_a_query_joins_the_support_and_leaves_the_rest_in_the_tail() -> None:
         np.testing.assert_allclose(joined.logprobs[t][joined.token_ids[t] >= 0], dense[t][kept], rtol=1e-5)
         rest = 1 - np.exp(dense[t][kept]).sum()
         assert joined.log_tail[t] == pytest.approx(np.log(rest), abs=1e-4)
+
+
+def test_the_teachers_draws_from_outside_the_joined_support_remain() -> None:
+    dense = _dense(0)
+    query = np.argsort(_dense(1), axis=1)[:, :7].astype(np.int32)
+    draws = np.sort(np.argsort(-dense, axis=1)[:, 5:], axis=1).astype(
+        np.int32
+    )  # the whole tail, each token once
+    answer = replace(
+        _answer(dense, SEQUENCE, 5),
+        query_logprobs=np.take_along_axis(dense, query, 1).astype(np.float32),
+        sampled_token_ids=draws,
+        sampled_logprobs=np.take_along_axis(dense, draws, 1).astype(np.float32),
+    )
+    joined, _ = with_query(answer, query, SEQUENCE)
+    found = target_rows(joined, np.arange(T), "stratified_tail")
+    assert found.draw_shares is not None
+    for t in range(T):
+        drawn = found.draw_shares[t] > 0
+        outside = set(range(V)) - set(joined.token_ids[t])
+        assert set(found.token_ids[t][drawn]) == outside
+        assert found.draw_shares[t][drawn] == pytest.approx(1 / len(outside))
+        np.testing.assert_allclose(found.logprobs[t][drawn], dense[t][found.token_ids[t][drawn]], rtol=1e-5)
 
 
 def test_a_tail_that_a_query_uses_up_is_lifted_and_counted() -> None:

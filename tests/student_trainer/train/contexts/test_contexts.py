@@ -131,20 +131,40 @@ def test_rollouts_are_as_old_as_they_may_be_and_not_older(run: Run, spec: Any) -
     )
 
 
+@pytest.fixture
+def taught_itself(run: Run, spec: Any, models: Models) -> Callable[[dict[str, Any]], RunDir]:
+    """A student that is its teacher, after two steps on its own texts."""
+
+    def train(loss: dict[str, Any]) -> RunDir:
+        return run(
+            spec(
+                student_context(loss, generation=SHORT, min_teacher_logprob=-1000),
+                student={"model": str(models.teacher)},
+                teachers=[{**spec({})["teachers"][0], "logprob_dtype": "float32"}],
+                optimizer={"max_steps": 2, "grad_accum_steps": 1, "name": "sgd", "learning_rate": 1e-3},
+            )
+        )
+
+    return train
+
+
 @pytest.mark.parametrize("loss", [REVERSE_KL, POLICY_GRADIENT], ids=["full", "policy_gradient"])
 def test_a_student_that_is_its_teacher_learns_nothing_from_its_own_texts(
-    run: Run, spec: Any, models: Models, loss: dict[str, Any]
+    taught_itself: Callable[[dict[str, Any]], RunDir], loss: dict[str, Any]
 ) -> None:
-    run_dir = run(
-        spec(
-            student_context(loss, generation=SHORT, min_teacher_logprob=-1000),
-            student={"model": str(models.teacher)},
-            teachers=[{**spec({})["teachers"][0], "logprob_dtype": "float32"}],
-            optimizer={"max_steps": 2, "grad_accum_steps": 1, "name": "sgd", "learning_rate": 1e-3},
-        )
-    )
+    run_dir = taught_itself(loss)
     assert max(map(abs, metric(run_dir, "train/loss").values())) < 1e-5
     assert max(metric(run_dir, "train/grad_norm").values()) < 1e-3
+
+
+def test_divergences_of_both_sides_take_the_teachers_draws_on_the_students_texts(
+    taught_itself: Callable[[dict[str, Any]], RunDir],
+) -> None:
+    terms = [{"divergence": "jsd"}, {"divergence": "skew_kl"}]
+    run_dir = taught_itself({"terms": terms, "top_k": 16})
+    assert run_dir.effective_spec().contexts[0].loss.sparse_target == "stratified_tail"
+    losses = metric(run_dir, "train/loss")
+    assert losses[1] == pytest.approx(0, abs=1e-5), losses
 
 
 def test_more_draws_than_a_teacher_may_be_queried_for_are_refused_before_the_first_step(
