@@ -8,37 +8,9 @@ taken wherever the table has no row. A choice is kept with the run and in its ch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
+from stillhouse.protos.telemetry.processor import Processor as Processor  # noqa: PLC0414 - re-exported
 from stillhouse.student_trainer.config.schema import OptimizerConfig
-
-CPUINFO = Path("/proc/cpuinfo")
-_LABELS = {"vendor_id": "vendor", "flags": "flags", "Features": "flags"}
-"""Labels of /proc/cpuinfo on x86 and ARM; ARM names no vendor."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Processor:
-    """Vendor and instruction flags, as /proc/cpuinfo spells them; both are empty where they are not known."""
-
-    vendor: str = ""
-    flags: frozenset[str] = frozenset()
-
-    @classmethod
-    def read(cls, path: Path = CPUINFO) -> Processor:
-        """The first processor of this host; an unknown one if the operating system does not tell."""
-        try:
-            first = path.read_text(encoding="utf-8", errors="replace").strip().partition("\n\n")[0]
-        except OSError:
-            return cls()
-        found = {"vendor": "", "flags": ""}
-        for line in first.splitlines():
-            label, _, value = line.partition(":")
-            if label.strip() in _LABELS:
-                found[_LABELS[label.strip()]] = value.strip()
-        return cls(vendor=found["vendor"], flags=frozenset(found["flags"].split()))
-
 
 _FAST: Sequence[tuple[str, str, str | None]] = (
     ("bfloat16", "amx_bf16", None),

@@ -27,6 +27,7 @@ from stillhouse.student_trainer.train.loss.objective import (
     readout_temperature,
     teacher_side,
 )
+from stillhouse.student_trainer.train.loss.products import add_product, multiply
 from stillhouse.student_trainer.train.loss.readout import Readout, read_out
 from stillhouse.student_trainer.train.loss.sparse import TeacherBuckets
 from stillhouse.student_trainer.train.loss.workspace import Workspace
@@ -171,7 +172,7 @@ def _sum_chunks(
             gradient_CV.mul_(row_factors)
             row_factors = None
         if gradients.hidden is not None:
-            torch.mm(gradient_CV, matmul_weight, out=gradients.hidden[rows])
+            multiply(gradient_CV, matmul_weight.T, out=gradients.hidden[rows])
         if row_factors is not None:
             # Row factors are cheaper to apply on [C, H] than on [C, V].
             if gradients.hidden is not None:
@@ -207,7 +208,7 @@ class _WeightSum:
     def add(self, gradient_CV: Float[Tensor, "C V"], hidden_CH: Float[Tensor, "C H"]) -> None:
         """Adds a chunk's share, given the gradient with respect to its logits; the first chunk overwrites the memory."""
         if self._share is None:
-            self._sum.addmm_(gradient_CV.T, hidden_CH, beta=0.0 if self._is_empty else 1.0)
+            add_product(gradient_CV, hidden_CH, out=self._sum, overwrite=self._is_empty)
         else:
             torch.mm(gradient_CV.T, hidden_CH, out=self._share)
             if self._is_empty:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from stillhouse.student_trainer.train.loss.products import multiply
 from stillhouse.student_trainer.train.loss.readout import Readout
 from stillhouse.student_trainer.train.loss.row_threads import RowThreads
 from stillhouse.student_trainer.train.loss.sparse import FORBIDDEN_LOGPROB, TeacherBuckets, charge_forbidden
@@ -86,7 +87,7 @@ class LogitChunk:
     ) -> None:
         """Overwrites the memory with hidden @ weight.T + bias."""
         self.logits = self._memory[: hidden.shape[0]]
-        torch.mm(hidden, weight.T, out=self.logits)
+        multiply(hidden, weight, out=self.logits)
         if bias is not None:
             self.logits.add_(bias.to(self.logits.dtype))
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stillhouse.student_trainer.train.loss.products import by_onednn, uses_onednn
+
 _FAMILIES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 _ROTARY = {"default", "linear", "llama3", "yarn"}
 """Kinds of rotary embedding that depend on a token's place alone."""
@@ -170,6 +172,8 @@ def _linear(weight: Tensor, bias: Tensor | None, *, copies: bool) -> Project:
     if torch.is_autocast_enabled(device) and (copies or not weight.requires_grad):
         dtype = torch.get_autocast_dtype(device)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    elif bias is None and uses_onednn(weight[:1], weight):
+        return lambda hidden: by_onednn(hidden, weight)
     elif copies and device == "cpu":
         # A product of few rows takes up to a third of its time where the inputs' weights lie side by side.
         turned = weight.t().contiguous()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stillhouse.protos.telemetry.processor import Processor
 from stillhouse.teacher_service.engines.vllm.worker.lm_head_lora import looked_up, lookup
 
 Head = Callable[[Tensor, Tensor], Tensor | None]
@@ -27,7 +29,17 @@ class SharedHead:
 
     def __call__(self, hidden_TH: Tensor) -> Tensor:
         """Computes the logits."""
+        if self.weight.dtype == torch.float32 and _prefers_onednn():
+            logits_TV: Tensor = torch.ops.mkldnn._linear_pointwise(
+                hidden_TH, self.weight, None, "none", [], ""
+            )
+            return logits_TV
         return torch.nn.functional.linear(hidden_TH, self.weight)
+
+
+@cache
+def _prefers_onednn() -> bool:
+    return Processor.read().prefers_onednn and torch.backends.mkldnn.is_available()
 
 
 def shared_output_layer(runner: Any) -> SharedHead | None:
