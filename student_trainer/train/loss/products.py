@@ -66,4 +66,4 @@ def add_product(
 
 @cache
 def _is_preferred() -> bool:
-    return Processor.read().prefers_onednn and torch.backends.mkldnn.is_available()
+    return Processor.read().prefers_onednn and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]

@@ -39,7 +39,7 @@ class SharedHead:
 
 @cache
 def _prefers_onednn() -> bool:
-    return Processor.read().prefers_onednn and torch.backends.mkldnn.is_available()
+    return Processor.read().prefers_onednn and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def shared_output_layer(runner: Any) -> SharedHead | None:
