@@ -125,11 +125,11 @@ def test_a_step_with_a_non_finite_loss_is_counted_and_leaves_no_trace(models: Mo
     def train(*steps: list[ScoredExample]) -> tuple[dict[str, torch.Tensor], Progress]:
         student, progress = load_student(config.student, tmp_path), Progress()
         with torch.no_grad():
-            student.model.get_input_embeddings().weight[lost_id] = torch.nan
+            dict(student.model.named_parameters())["model.embed_tokens.weight"][lost_id] = torch.nan
         stepper = make_stepper(config, student, total_steps=len(steps))
         for number, scored in enumerate(steps):
             stepper.take_step(StepData(step=number, scored=scored, teacher_wait_s=0.0), progress)
-        return student.trainable_parameters(), progress
+        return {**student.trainable_parameters()}, progress
 
     good = _scored(lost_id)
     last = good[-1].example  # behind passes whose gradients are there already
