@@ -7,7 +7,7 @@ import gc
 import multiprocessing
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +29,7 @@ from stillhouse.teacher_service.engine import DistributionOptions, Engine, Score
 from stillhouse.teacher_service.metrics import TeacherMetrics
 from stillhouse.teacher_service.models.files import is_classifier, locate_model
 from stillhouse.teacher_service.models.tokenizer import TextCodec
+from stillhouse.teacher_service.rpc.score_validation import prepare_encoding
 from stillhouse.teacher_service.rpc.servicer import LIMITED, TeacherServicer
 
 SERVICE = teacher_pb2.DESCRIPTOR.services_by_name["TeacherService"].full_name
@@ -52,6 +53,14 @@ _ENGINES = {
 
 _EXTRAS = {"vllm": "teacher (or teacher-cpu)", "openai": "teacher-openai", "hf": "teacher-hf"}
 """Extras of the package that bring the engines."""
+
+_DRAWS = frozenset(
+    {
+        teacher_pb2.CAPABILITY_SAMPLED_TOKENS,
+        teacher_pb2.CAPABILITY_TAIL_SAMPLES,
+        teacher_pb2.CAPABILITY_STRATIFIED_SAMPLES,
+    }
+)
 
 log = structlog.get_logger(__name__)
 
@@ -221,14 +230,20 @@ def _engine_name(config: TeacherConfig) -> str:
 
 
 async def _warm_up(engine: Engine) -> None:
-    """Scores one token, or the classes of two: a model that cannot is not served, unless it only generates."""
-    if teacher_pb2.CAPABILITY_GENERATION_ONLY in engine.info.capabilities:
+    """Scores a token, or the classes of two, with compiled code that a run needs: its first answer does not wait for that.
+
+    A model that cannot be scored is not served, unless it only generates.
+    """
+    info = engine.info
+    if teacher_pb2.CAPABILITY_GENERATION_ONLY in info.capabilities:
         return
-    token = engine.info.eos_token_ids[0] if engine.info.eos_token_ids else 0
-    classifies = bool(engine.info.class_names)
+    token = info.eos_token_ids[0] if info.eos_token_ids else 0
+    classifies = bool(info.class_names)
     options = DistributionOptions(top_k=0 if classifies else 1, classes=classifies)
+    if info.capabilities >= _DRAWS:
+        options = replace(options, num_sampled_tokens=1, stratified_samples=True, sample_tail=True)
     item = ScoreInput(token_ids=np.array([token, token], np.int32), start=1, options=options)
-    await engine.score(item)
+    await asyncio.gather(engine.score(item), asyncio.to_thread(prepare_encoding, info))
 
 
 def _leave(code: int) -> None:

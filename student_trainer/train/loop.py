@@ -54,14 +54,11 @@ def train(
             run = set_up(scope, progress)
         except Stopped:
             return Outcome(kind="stopped", step=progress.step)
-        evaluated_step, fitted = None, False
+        evaluated_step = None
         try:
             if progress.step == 0:
                 evaluated_step = _evaluate(run)
             for data in _steps(run, stop_requested):
-                if not fitted:
-                    fit_passes(run, data)
-                    fitted = True
                 metrics = run.student_side.stepper.take_step(data, progress)
                 agreed = _agree(run, data, stop=stop_requested())
                 epoch = run.student_side.schedule.epochs(progress.step)
@@ -115,13 +112,26 @@ def _describe(scope: RunScope, directory: Path) -> None:
 
 
 def _steps(run: RunContext, stop_requested: Callable[[], bool]) -> Iterator[StepData]:
-    """Yields the data of each step; an error of a wait for it, such as that of a lost teacher, costs no step taken."""
-    ranks, progress = run.scope.ranks, run.state.progress
+    """Tries the largest pass with the first sequences, while the others are computed, and yields the data of each step."""
+    ranks, after = run.scope.ranks, run.state.progress.step
+    if after >= run.student_side.schedule.total_steps:
+        return
+    with _kept(run):
+        samples = ranks.agree(partial(run.source.samples, after))
+    fit_passes(run, samples)
+    with _kept(run):
+        yield from ranks.in_lockstep(run.source.steps(after), stop_requested)
+
+
+@contextlib.contextmanager
+def _kept(run: RunContext) -> Iterator[None]:
+    """Within the context, an error of a wait for data, such as that of a lost teacher, costs no step taken."""
+    progress = run.state.progress
     try:
-        yield from ranks.in_lockstep(run.source.steps(after=progress.step), stop_requested)
+        yield
     except StillhouseError:
         # Other processes of the run may be gone, and a save needs all.
-        if ranks.size == 1 and not progress.skipped_in_a_row:
+        if run.scope.ranks.size == 1 and not progress.skipped_in_a_row:
             with contextlib.suppress(OSError, StillhouseError):
                 run.checkpointer.save()
         raise

@@ -89,8 +89,6 @@ class GenerateSession:
 
     async def responses(self) -> AsyncGenerator[teacher_pb2.GenerateResponse, None]:
         """Yields the messages of the call. Closing it aborts all generation."""
-        if self._wire is not None:
-            await self._wire.prepare()
         running = asyncio.create_task(self._generate_all())
         try:
             async with aclosing(self._batcher.batches()) as batches:

@@ -95,7 +95,6 @@ class ScoreSession:
             )
         require_scores(self._serving.info)
         options, wire = check_distributions(first.config, self._serving.info)
-        await wire.prepare()
         return options, wire
 
     async def _read_sequences(self, options: DistributionOptions, wire: WireFormat) -> None:

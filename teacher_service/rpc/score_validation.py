@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from dataclasses import dataclass
 
@@ -52,11 +51,6 @@ class WireFormat:
     sort_bits: int | None = None
     sampled_logprob_bits: int = 0
 
-    async def prepare(self) -> None:
-        """Loads compiled code that `encode` needs, in another thread: the first time in a process it may take seconds."""
-        if self.logprob_dtype == Tensor.DATA_TYPE_FALLING:
-            await asyncio.to_thread(falling_rows.prepare)
-
     def encode(self, rows: Distributions) -> TokenDistributions:
         """Encodes rows as a message."""
         return encode_distributions(
@@ -74,6 +68,16 @@ def all_capabilities(info: EngineInfo) -> frozenset[int]:
     return info.capabilities | (
         frozenset() if info.class_names else {teacher_pb2.CAPABILITY_COMPACT_LOGPROBS}
     )
+
+
+def prepare_encoding(info: EngineInfo) -> None:
+    """Loads compiled code that `WireFormat.encode` needs for an engine; the first time in a process it may take seconds."""
+    if info.class_names:
+        return
+    falling_rows.prepare()
+    bits = packed_bits(info.vocab_size)
+    if bits >= COMPILED_BITS:
+        _compiled_packing()(np.zeros((1, 1), np.int32), bits)
 
 
 def _compiled_packing() -> PackBlock:

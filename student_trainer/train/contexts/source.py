@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import abc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from itertools import chain
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import structlog
@@ -75,6 +76,9 @@ class FeedSettings:
 class Feed(abc.ABC):
     """The data source of one context: requests the rows of a step, and hands them over in that order."""
 
+    needs_student: ClassVar[bool] = False
+    """Its requests depend on the student's weights."""
+
     def __init__(self, settings: FeedSettings, streams: Sequence[TargetStream | TextStream] = ()) -> None:
         """`streams` go to teachers."""
         self.ahead = settings.ahead
@@ -125,11 +129,32 @@ class StepSource:
         self._feeds = feeds
         self._mix = mix
         self._rank, self._size = rank, size
+        self._requested: list[int] = []
+        """Steps that each feed has begun with, once there is one."""
+        self._begun: list[Iterator[ScoredExample]] = []
+        """Sequences of the first step that are still to come, by feed, once there is a sample."""
+        self._samples: list[ScoredExample | None] = []
+        self._waited_s = 0.0
 
     @property
     def num_asked(self) -> int:
         """Sequences that this process requested from teachers."""
         return sum(feed.num_asked for feed in self._feeds)
+
+    def begin(self, after: int) -> None:
+        """Requests the first rows of contexts that do not need the student, so that teachers work while it is made ready."""
+        for number, feed in enumerate(self._feeds):
+            if not feed.needs_student:
+                self._request(number, after, after)
+
+    def samples(self, after: int) -> list[ScoredExample]:
+        """The first sequence of each context at step `after`, which `steps` then begins with. Raises as `steps` does."""
+        self._request_all(after, after)
+        began = time.monotonic()
+        self._begun = [feed.collect(after) for feed in self._feeds]
+        self._samples = [next(each, None) for each in self._begun]
+        self._waited_s = time.monotonic() - began
+        return [each for each in self._samples if each is not None]
 
     def steps(self, after: int) -> Iterator[StepData]:
         """The data of every step from `after` to the run's last.
@@ -138,19 +163,36 @@ class StepSource:
             Stopped: the run was asked to stop.
             StillhouseError: a sequence cannot be had, or no teacher answers.
         """
-        requested = [after] * len(self._feeds)
-        total = self._mix.schedule.total_steps
-        for step in range(after, total):
-            for number, feed in enumerate(self._feeds):
-                while requested[number] < min(step + 1 + feed.ahead, total):
-                    slots = self._mix.slots(requested[number])[number]
-                    feed.request(requested[number], feed.own(slots, self._rank, self._size))
-                    requested[number] += 1
+        for step in range(after, self._mix.schedule.total_steps):
+            self._request_all(step, after)
             began = time.monotonic()
-            scored = [each for feed in self._feeds for each in feed.collect(step)]
-            waited_s = time.monotonic() - began
+            scored = list(chain.from_iterable(self._collected(step)))
+            waited_s, self._waited_s = time.monotonic() - began + self._waited_s, 0.0
             metrics = {name: value for feed in self._feeds for name, value in feed.metrics.items()}
             yield StepData(step=step, scored=scored, teacher_wait_s=waited_s, metrics=metrics)
+
+    def _request_all(self, step: int, after: int) -> None:
+        for number in range(len(self._feeds)):
+            self._request(number, step, after)
+
+    def _request(self, number: int, step: int, after: int) -> None:
+        """Requests rows of a feed for `step` and as many behind it as it works ahead; `after` is the run's first here."""
+        feed, total = self._feeds[number], self._mix.schedule.total_steps
+        self._requested = self._requested or [after] * len(self._feeds)
+        while self._requested[number] < min(step + 1 + feed.ahead, total):
+            slots = self._mix.slots(self._requested[number])[number]
+            feed.request(self._requested[number], feed.own(slots, self._rank, self._size))
+            self._requested[number] += 1
+
+    def _collected(self, step: int) -> Iterator[Iterable[ScoredExample]]:
+        """The sequences of a step by feed, samples that were taken first."""
+        begun, self._begun = self._begun, []
+        if not begun:
+            yield from (feed.collect(step) for feed in self._feeds)
+            return
+        for sample, rest in zip(self._samples, begun, strict=True):
+            yield chain([] if sample is None else [sample], rest)
+        self._samples = []
 
 
 class Skips:

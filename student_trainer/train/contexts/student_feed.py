@@ -35,6 +35,8 @@ log = structlog.get_logger()
 class StudentFeed(Feed):
     """Rollouts of one context."""
 
+    needs_student = True
+
     def __init__(
         self,
         settings: FeedSettings,

@@ -1,7 +1,8 @@
 """Trial of a run's largest forward pass before its first step: a pass that cannot fit fails at once, with the figures.
 
 The activations that a pass keeps for its backward pass grow with its tokens; two short passes tell by how much. So a
-pass that would not fit is mostly known before it is tried. No trial changes weights, gradients or random numbers.
+pass that would not fit is mostly known before it is tried, and on a CPU, which needs seconds for it, one that fits in any
+case is not tried. No trial changes weights, gradients or random numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from stillhouse.protos.library_errors import memory_cause
 from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.config.settled.micro_batch import HALVE_VARIABLE
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
-from stillhouse.student_trainer.train.contexts.source import StepData
 from stillhouse.student_trainer.train.data.corpus import longest_of
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.setup.run_context import RunContext
@@ -38,6 +38,8 @@ SHORT_LENGTHS = (16, 48)
 """Lengths of the rows by which the activations of a token are measured."""
 SHARE = 0.9
 """Share of the free memory that a pass may be expected to take."""
+BUFFER_BYTES = 2**32
+"""Bound on what a pass takes beside the activations that it keeps: chunks of logits, several at a time, and their gradients."""
 STATE_BYTES = {"sgd": 0, "adamw_8bit": 2, "paged_adamw_8bit": 2}
 """Bytes of an optimizer's states for each trained weight; 8 for all others."""
 
@@ -58,8 +60,8 @@ class LargestPass:
         return max(1, min(self.rows, max_tokens // self.longest))
 
 
-def fit_passes(run: RunContext, data: StepData) -> None:
-    """Tries the largest pass of every context in the first step's `data`, and sets the limit of passes that fits.
+def fit_passes(run: RunContext, samples: Sequence[ScoredExample]) -> None:
+    """Tries the largest pass of every context that has one of the first step's `samples`, and sets the limit that fits.
 
     Runs that cut by rows are left alone. Raises StillhouseError(OUT_OF_MEMORY) if a pass of one row, or of the tokens that
     the run file gives, does not fit.
@@ -75,11 +77,11 @@ def fit_passes(run: RunContext, data: StepData) -> None:
         limit = max(1, min(limit, int(kept) // (2 if halved else 1)))
     trial = PassTrial(stepper=stepper, is_auto=is_auto, state_bytes=STATE_BYTES.get(config.optimizer.name, 8))
     examples = run.teacher_side.corpus.train
-    largest = [_largest(number, data, config, examples) for number in range(len(config.contexts))]
+    largest = [_largest(each, config, examples) for each in samples]
 
     def fitting() -> int:
         found = limit
-        for each in filter(None, largest):
+        for each in largest:
             found = trial.fit(each, found)
         return found
 
@@ -89,14 +91,9 @@ def fit_passes(run: RunContext, data: StepData) -> None:
     log.info("forward passes", max_tokens=agreed, by="trial" if is_auto else "optimizer.micro_batch_tokens")
 
 
-def _largest(
-    number: int, data: StepData, config: RunConfig, examples: Sequence[Example]
-) -> LargestPass | None:
-    """The largest pass of a context; None if the first step has no row of it here."""
-    sample = next((each for each in data.scored if each.context == number), None)
-    if sample is None:
-        return None
-    context = config.contexts[number]
+def _largest(sample: ScoredExample, config: RunConfig, examples: Sequence[Example]) -> LargestPass:
+    """The largest pass of the sample's context."""
+    context = config.contexts[sample.context]
     source = context.teacher or context.student
     rows = config.optimizer.rows_per_update
     if source is None:
@@ -150,6 +147,8 @@ class PassTrial:
             remedy = "Lower optimizer.micro_batch_tokens, or leave it out so that the run finds what fits."
         if per_token and needed > SHARE * free:
             return f"{told}, for which it needs about {_said(needed)} of memory; {_said(free)} are free. {remedy}"
+        if per_token and device.type == "cpu" and self._fits_certainly(largest, rows, per_token, free):
+            return ""
         try:
             with _same_draws(device):
                 self.stepper.rehearse([stretched(largest.sample, largest.longest)] * rows)
@@ -162,6 +161,11 @@ class PassTrial:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         return ""
+
+    def _fits_certainly(self, largest: LargestPass, rows: int, per_token: float, free: int) -> bool:
+        """True if the pass fits even if all that was measured grows with the square of a row's tokens, as attention may."""
+        bound = per_token * rows * largest.longest * largest.longest / sum(SHORT_LENGTHS)
+        return bound + self._update_bytes() + BUFFER_BYTES <= SHARE * free
 
     def _update_bytes(self) -> int:
         """Bytes of gradients and, before the first update, of the optimizer's states."""

@@ -83,6 +83,10 @@ def set_up(scope: RunScope, progress: Progress) -> RunContext:
     identity = identity_of(student.plain, student.model)
     checkpointer.restore(student.trainable_parameters().values())
     check_same_student(checkpointer.kept_fact(STUDENT_FACT), identity, config.student.model)
+    source = FeedFactory(
+        scope=scope, inputs=inputs, teacher_side=teacher_side, student_side=student_side, state=state
+    ).open_source()
+    source.begin(progress.step)
     digests = " ".join(inputs.corpus.digests)
     if checkpointer.kept_fact(_DATA_FACT) not in (None, digests):
         log.warning(
@@ -109,9 +113,6 @@ def set_up(scope: RunScope, progress: Progress) -> RunContext:
     log.info("training", step=progress.step, total_steps=total_steps, precision=precision)
 
     evaluator = task_of(config).make_evaluator(scope, inputs, teacher_side, student_side)
-    source = FeedFactory(
-        scope=scope, inputs=inputs, teacher_side=teacher_side, student_side=student_side, state=state
-    ).open_source()
     return RunContext(
         scope=scope,
         state=state,

@@ -28,7 +28,12 @@ from stillhouse.student_trainer.train.contexts.source import StepData
 from stillhouse.student_trainer.train.data.alignment import AlignedText, Chunks
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.setup import pass_trial
-from stillhouse.student_trainer.train.setup.pass_trial import LargestPass, PassTrial, free_bytes
+from stillhouse.student_trainer.train.setup.pass_trial import (
+    SHORT_LENGTHS,
+    LargestPass,
+    PassTrial,
+    free_bytes,
+)
 from stillhouse.student_trainer.train.setup.stretched_rows import stretched
 from stillhouse.student_trainer.train.step import Stepper
 from tests.conftest import Models
@@ -92,12 +97,37 @@ def test_a_trial_leaves_no_trace(stepper: Stepper) -> None:
     data = StepData(step=0, scored=[row(12), row(20)], teacher_wait_s=0.0)
     before = torch.random.get_rng_state()
     weights = [each.detach().clone() for each in stepper.parameters]
-    trial(stepper, 2**40).fit(LargestPass(sample=row(12), longest=64, rows=2), 4096)
+    trial(stepper, 2**31).fit(LargestPass(sample=row(12), longest=64, rows=2), 4096)
     torch.testing.assert_close(torch.random.get_rng_state(), before)
     assert all(each.grad is None for each in stepper.parameters)
     for each, then in zip(stepper.parameters, weights, strict=True):
         torch.testing.assert_close(each, then, rtol=0, atol=0)
     assert np.isfinite(stepper.take_step(data, Progress())["train/loss"])
+
+
+def test_a_pass_that_fits_in_any_case_is_not_tried(stepper: Stepper, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    rehearse = stepper.rehearse
+
+    def record(group: list[ScoredExample]) -> None:
+        tried.append(len(group))
+        rehearse(group)
+
+    monkeypatch.setattr(stepper, "rehearse", record)
+    largest = LargestPass(sample=row(30), longest=200, rows=8)
+    assert trial(stepper, 2**40).fit(largest, 4096) == 4096
+    assert tried == [1, 1]
+    tried.clear()
+    assert trial(stepper, 2**31).fit(largest, 4096) == 4096
+    assert tried == [1, 1, 8]
+
+
+def test_the_bound_of_a_pass_that_is_not_tried_holds(stepper: Stepper) -> None:
+    tried, length = trial(stepper, 2**40), 400
+    fixed = tried._kept_bytes(stretched(row(30), SHORT_LENGTHS[0]))
+    per_token = tried._bytes_per_token(row(30))
+    kept = tried._kept_bytes(stretched(row(30), length))
+    assert per_token * length * 0.5 < kept <= fixed + per_token * length * length / sum(SHORT_LENGTHS)
 
 
 def test_a_process_may_take_what_its_own_limit_leaves() -> None:
