@@ -11,14 +11,18 @@ Compression (2000).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import lru_cache
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 MAX_BITS = 31
+COMPILED_BITS = 11
+"""Bits of the numbers of the smallest vocabulary that repays the seconds of compilation."""
 MAX_COLUMNS = 1 << 16
 MAX_IDS_PER_BYTE = 512
 """Most numbers that a byte may stand for; beyond it a short message would fill the receiver's memory."""
@@ -64,12 +68,29 @@ def unpack_sorted(data: bytes, num_rows: int, num_columns: int, bits: int) -> ND
     stream = _Stream(data)
     out = np.empty((num_rows, num_columns), np.int32)
     size = block_rows(num_columns)
+    compiled = _compiled() if bits >= COMPILED_BITS else None
     for begin in range(0, num_rows, size):
-        _unpack_block(stream, out[begin : begin + size], bits)
+        block = out[begin : begin + size]
+        if compiled is None or not block.size:
+            _unpack_block(stream, block, bits)
+        else:
+            stream.read_block(compiled, block, bits)
         stream.align()
     if stream.position != 8 * len(data):
         raise ValueError(f"has {len(data)} bytes of data, of which {stream.position // 8} are used")
     return out
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> ModuleType | None:
+    """The compiled loop; None where numba is not installed, as beside a client alone, or bytes have another order."""
+    if sys.byteorder != "little":
+        return None
+    try:
+        from stillhouse.protos.tensors import sorted_rows_numba
+    except ImportError:
+        return None
+    return sorted_rows_numba
 
 
 class Level(NamedTuple):
@@ -161,8 +182,11 @@ class _Stream:
     def __init__(self, data: bytes) -> None:
         self.position = 0
         """In bits."""
+        self._data = data
         self._num_bits = 8 * len(data)
         padded = np.frombuffer(data + bytes(8), np.uint8)
+        self._aligned: NDArray[np.uint64] | None = None
+        """The data as words one behind the other, and one more, once there is a block for compiled code."""
         # A word of 64 bits at each byte.
         self._words: NDArray[np.uint64] = np.ndarray(len(data) + 1, "<u8", padded.data, 0, (1,))
 
@@ -173,10 +197,23 @@ class _Stream:
         if ends.size:
             self.position = int(ends.flat[-1])
         if self.position > self._num_bits:
-            raise ValueError(f"has {self._num_bits // 8} bytes of data, and its rows need more")
+            raise self._too_short()
         words: _Integers = self._words[starts >> 3].view(np.int64)
         codes: _Integers = (words >> (starts & 7)) & ((np.int64(1) << lengths) - 1)
         return codes
+
+    def read_block(self, compiled: ModuleType, out: NDArray[np.int32], bits: int) -> None:
+        """Fills in a block of rows by compiled code. Raises ValueError behind the end."""
+        if self._aligned is None:
+            self._aligned = np.frombuffer(self._data + bytes(16 - len(self._data) % 8), "<u8")
+        self.position = compiled.unpack_block(
+            self._aligned, self._num_bits, self.position, bits=bits, out=out
+        )
+        if self.position < 0:
+            raise self._too_short()
+
+    def _too_short(self) -> ValueError:
+        return ValueError(f"has {self._num_bits // 8} bytes of data, and its rows need more")
 
     def align(self) -> None:
         """Goes to the next byte. Raises ValueError if a bit before it is set."""

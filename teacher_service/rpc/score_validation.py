@@ -19,13 +19,11 @@ from stillhouse.protos.tensors.distributions import (
     encode_distributions,
     packed_bits,
 )
-from stillhouse.protos.tensors.sorted_rows import PackBlock
+from stillhouse.protos.tensors.sorted_rows import COMPILED_BITS, PackBlock
 from stillhouse.teacher_service.engine import DistributionOptions, EngineInfo, Int32Array, ScoreInput
 
 MAX_TEMPERATURES = 16
 MAX_SAMPLED_TOKENS = 512
-COMPILED_BITS = 11
-"""Bits of the ids of the smallest vocabulary that repays the seconds of compilation."""
 MIN_LOGPROB_BITS, MAX_LOGPROB_BITS = 2, 16
 _OPTIONAL = {
     teacher_pb2.CAPABILITY_LOG_PARTITIONS: "log_partitions",

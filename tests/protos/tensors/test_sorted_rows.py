@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
+from stillhouse.protos.tensors import sorted_rows
 from stillhouse.protos.tensors.layout import decode, encode_sorted, packed_bits
-from stillhouse.protos.tensors.sorted_rows import MAX_COLUMNS, block_rows
+from stillhouse.protos.tensors.sorted_rows import COMPILED_BITS, MAX_COLUMNS, block_rows, unpack_sorted
 from stillhouse.teacher_service.distributions.sorted_rows_numba import pack_block
 
 TYPES = (Tensor.DATA_TYPE_SORTED_UINT,)
@@ -50,6 +51,32 @@ def test_rows_of_several_blocks_come_back_and_compiled_code_writes_the_same_byte
     tensor = encode_sorted(rows, bits=18)
     assert tensor == encode_sorted(rows, bits=18, pack_block=pack_block)
     np.testing.assert_array_equal(back(tensor), rows)
+
+
+def read_by(data: bytes, shape: tuple[int, int], bits: int) -> np.ndarray | str:
+    try:
+        return unpack_sorted(data, *shape, bits)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("bits", [COMPILED_BITS, 15, 18, 31])
+def test_compiled_code_reads_what_the_other_reads_and_refuses_the_same(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = np.random.default_rng(bits)
+    cases: list[tuple[bytes, tuple[int, int]]] = []
+    for shape in ((1, 1), (5, 2), (3, 192), (200, 177), (2, 20_000)):
+        rows = np.sort(generator.integers(0, 1 << bits, shape), axis=1)
+        rows[:, : shape[1] // 3] = rows[:, :1]
+        data = encode_sorted(rows, bits=bits).data
+        cases += [(data, shape), (data[:-1], shape), (data + b"\0", shape), (data[: len(data) // 2], shape)]
+        cases += [(generator.bytes(len(data)), shape) for _ in range(5)]
+    found = [read_by(data, shape, bits) for data, shape in cases]
+    assert {type(each) for each in found} == {np.ndarray, str}
+    monkeypatch.setattr(sorted_rows, "_compiled", lambda: None)
+    for (data, shape), each in zip(cases, found, strict=True):
+        np.testing.assert_array_equal(read_by(data, shape, bits), each)
 
 
 @pytest.mark.parametrize(
