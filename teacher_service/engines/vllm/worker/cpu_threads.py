@@ -23,7 +23,7 @@ SHARED_ROWS = 512
 _LEAST_ROWS = 32
 _CHUNKS_PER_THREAD = 4
 """Chunks of a step per thread, where it has enough rows, so that all threads end at about the same time."""
-_CACHED_WEIGHTS = 1 << 24
+CACHED_WEIGHTS = 1 << 24
 """Largest layer that stays in the cache; a larger one is read again for each chunk, at the cost of some fifty rows."""
 _LARGE_ROWS = 256
 """Largest chunk for such a layer, whose logits are buffer."""
@@ -121,7 +121,7 @@ class HelperThreads:
         """Chunk size for `num_rows` rows through a layer of `num_weights` weights."""
         threads = self.count + 1
         chunks = (
-            _CHUNKS_PER_THREAD if num_weights <= _CACHED_WEIGHTS else -(-num_rows // (threads * _LARGE_ROWS))
+            _CHUNKS_PER_THREAD if num_weights <= CACHED_WEIGHTS else -(-num_rows // (threads * _LARGE_ROWS))
         )
         return min(SHARED_ROWS, max(_LEAST_ROWS, -(-num_rows // (chunks * threads))))
 

@@ -22,6 +22,7 @@ from stillhouse.teacher_service.distributions.from_logits import RowSpec
 from stillhouse.teacher_service.distributions.row_tensors import row_tensors
 from stillhouse.teacher_service.engine import Float32Array, Int32Array
 from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import (
+    CACHED_WEIGHTS,
     SHARED_ROWS,
     HelperThreads,
     with_free_cores,
@@ -53,6 +54,8 @@ _STATE = (
     "device", "max_num_reqs", "max_model_len",
 )  # fmt: skip
 _GPU_CHUNK_ELEMENTS = 1 << 27
+_CACHED_LOGITS = 1 << 22
+"""Logits of a chunk on a CPU, fewer than elsewhere, where the layer's weights stay in its cache: rows then find them there."""
 
 
 class WorkerExtension:
@@ -230,7 +233,7 @@ class PromptScorer:
         hidden_TH = views[0] if len(views) == 1 else torch.cat(views)
         places_T = torch.cat([torch.arange(each.offset, each.offset + each.count) for each in segments])
         places_T = places_T.to(hidden_TH.device)
-        size = self._helpers.chunk_rows(len(hidden_TH), shared.weight.numel()) if shared else self._max_rows
+        size = self._chunk_rows(*hidden_TH.shape, shared)
         with self._helpers.sharing() as share:
             for begin in range(0, len(hidden_TH), size):
                 rows_TH = hidden_TH[begin : begin + size]
@@ -243,6 +246,14 @@ class PromptScorer:
                     continue  # another rank has them
                 for rows, row, part in parts:
                     share(partial(rows.fill, row, logits_TV[part], rows_TH[part]))
+
+    def _chunk_rows(self, num_rows: int, hidden_size: int, shared: SharedHead | None) -> int:
+        if shared is not None:
+            return self._helpers.chunk_rows(num_rows, shared.weight.numel())
+        vocab_size = self._runner.input_batch.vocab_size
+        if self._runner.device.type == "cpu" and vocab_size * hidden_size <= CACHED_WEIGHTS:
+            return max(1, min(self._max_rows, _CACHED_LOGITS // vocab_size))
+        return self._max_rows
 
 
 def _fill_all(head: SharedHead, hidden_TH: Tensor, parts: list[tuple[_PromptRows, int, slice]]) -> None:
