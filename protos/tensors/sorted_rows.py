@@ -81,6 +81,11 @@ def unpack_sorted(data: bytes, num_rows: int, num_columns: int, bits: int) -> ND
     return out
 
 
+def prepare() -> None:
+    """Loads the compiled loop of `unpack_sorted`, or compiles it: up to some seconds in a process that does so first."""
+    unpack_sorted(pack_sorted(np.zeros((1, 1), np.int32), COMPILED_BITS), 1, 1, COMPILED_BITS)
+
+
 @lru_cache(maxsize=1)
 def _compiled() -> ModuleType | None:
     """The compiled loop; None where numba is not installed, as beside a client alone, or bytes have another order."""

@@ -21,7 +21,8 @@ def load_first_use() -> None:
 
 
 def _load_kernels() -> None:
-    """Calls the compiled loops of a step once; their first call loads numba's compiler."""
+    """Calls the compiled loops of an answer and a step once; their first call loads numba's compiler."""
+    from stillhouse.protos.tensors import falling_rows, sorted_rows
     from stillhouse.protos.tensors.exponentials_numba import exponentials, shares
     from stillhouse.student_trainer.train.batching.distinct_numba import count_distinct
 
@@ -32,3 +33,5 @@ def _load_kernels() -> None:
         shares(logits_RV, [np.zeros(1, np.float32)] * 4, one, scale=1.0)
     ids_TD = np.zeros((1, 1), np.int32)
     count_distinct(ids_TD, ids_TD, np.ones(1, np.bool_), -1)
+    falling_rows.prepare()
+    sorted_rows.prepare()

@@ -233,7 +233,7 @@ class PromptScorer:
         hidden_TH = views[0] if len(views) == 1 else torch.cat(views)
         places_T = torch.cat([torch.arange(each.offset, each.offset + each.count) for each in segments])
         places_T = places_T.to(hidden_TH.device)
-        size = self._chunk_rows(*hidden_TH.shape, shared)
+        size = self._chunk_rows(len(hidden_TH), hidden_TH.shape[1], shared)
         with self._helpers.sharing() as share:
             for begin in range(0, len(hidden_TH), size):
                 rows_TH = hidden_TH[begin : begin + size]
@@ -248,12 +248,13 @@ class PromptScorer:
                     share(partial(rows.fill, row, logits_TV[part], rows_TH[part]))
 
     def _chunk_rows(self, num_rows: int, hidden_size: int, shared: SharedHead | None) -> int:
-        if shared is not None:
-            return self._helpers.chunk_rows(num_rows, shared.weight.numel())
+        size: int = self._max_rows
         vocab_size = self._runner.input_batch.vocab_size
-        if self._runner.device.type == "cpu" and vocab_size * hidden_size <= CACHED_WEIGHTS:
-            return max(1, min(self._max_rows, _CACHED_LOGITS // vocab_size))
-        return self._max_rows
+        if shared is not None:
+            size = self._helpers.chunk_rows(num_rows, shared.weight.numel())
+        elif self._runner.device.type == "cpu" and vocab_size * hidden_size <= CACHED_WEIGHTS:
+            size = max(1, min(size, _CACHED_LOGITS // vocab_size))
+        return size
 
 
 def _fill_all(head: SharedHead, hidden_TH: Tensor, parts: list[tuple[_PromptRows, int, slice]]) -> None:

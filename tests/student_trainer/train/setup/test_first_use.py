@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stillhouse.protos.tensors import exponentials_numba
+from stillhouse.protos.tensors import exponentials_numba, sorted_rows, sorted_rows_numba
 from stillhouse.student_trainer.config.schema import LossConfig
 from stillhouse.student_trainer.train.batching import distinct_numba
 from stillhouse.student_trainer.train.batching.target_forms import COMPILED_DRAWS, _distinct
@@ -17,7 +17,12 @@ from stillhouse.student_trainer.train.setup.first_use import load_first_use
 from tests.student_trainer.train.loss.dense_reference import random_logits, targets_of
 
 N, H, V, K = 5, 8, COMPILED_VOCAB, 4
-LOOPS = (exponentials_numba._replace, exponentials_numba._replace_by_shares, distinct_numba._count)
+LOOPS = (
+    exponentials_numba._replace,
+    exponentials_numba._replace_by_shares,
+    distinct_numba._count,
+    sorted_rows_numba._read_levels,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -36,4 +41,8 @@ def test_a_step_finds_its_compiled_code_loaded(dtype: torch.dtype) -> None:
     found.loss_sum.backward()
     draws = np.arange(COMPILED_DRAWS, dtype=np.int32).reshape(2, -1)
     _distinct(draws, draws[:, :1])
+    rows = np.sort(draws, axis=1)
+    np.testing.assert_array_equal(
+        sorted_rows.unpack_sorted(sorted_rows.pack_sorted(rows, 15), len(rows), rows.shape[1], 15), rows
+    )
     assert [len(each.signatures) for each in LOOPS] == loaded
