@@ -22,7 +22,9 @@ from stillhouse.student_trainer.runs.supervision.standby import Expected
 PATIENCE_S = 600.0
 """Time for which a process waits after the last sign of a run, by default; and without calls after which one is a sign."""
 FREE_BYTES = 4 * 2**30
-"""Memory that must be free for that: some fourteen times what the process takes."""
+"""Memory that must be free before a process waits, some fourteen times what it takes; it ends where half of that is free."""
+CHECK_S = 10.0
+"""Time between two looks at the free memory."""
 SAMPLE_S = 1.0
 """Time over which the machine's idle cores are counted."""
 IDLE_CORES = 0.75
@@ -41,7 +43,8 @@ class RunExpectation:
         on_change: Callable[[], None],
         patience_s: float = PATIENCE_S,
         idle_cores: float = IDLE_CORES,
-        free_bytes: int = FREE_BYTES,
+        free_bytes: Callable[[], int] = lambda: psutil.virtual_memory().available,
+        check_s: float = CHECK_S,
     ) -> None:
         """Calls `on_change` where `expected` may have become another."""
         self._mode = mode
@@ -51,6 +54,9 @@ class RunExpectation:
         self._patience_s = patience_s
         self._idle_cores = idle_cores
         self._free_bytes = free_bytes
+        self._check_s = check_s
+        self._waits = False
+        """True if a process waits because a run is near."""
         self._like: Expected | None = None
         """Needs of the run that was started or checked last."""
         self._until_s = self._called_s = -math.inf
@@ -71,18 +77,16 @@ class RunExpectation:
             return None
         if waiting is not None:
             return self.needs(waiting.effective_spec, self._slots.foreseen)
-        if self._mode == "always" or (is_idle and self._is_near()):
+        self._waits = is_idle and self._is_near()
+        if self._mode == "always" or self._waits:
             return self._like or self._any()
         return None
 
     def sign(self) -> None:
         """Waits for a run from now on, as for one whose rows are sent, or after the end of another."""
-        loop = asyncio.get_running_loop()
-        self._until_s = loop.time() + self._patience_s
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = loop.call_at(self._until_s + 0.1, self._on_change)
-        self._on_change()
+        self._until_s = asyncio.get_running_loop().time() + self._patience_s
+        self.close()
+        self._look()
 
     def called(self) -> None:
         """Takes a client's call for a sign if it is the first for long; those of a program that polls are none."""
@@ -98,6 +102,14 @@ class RunExpectation:
     def started(self, run: Expected) -> None:
         """Learns the needs of a run that starts: the next one is expected to be like it."""
         self._like = run
+
+    def _look(self) -> None:
+        """Tells of a change at once, at the end of the patience, and in between, as free memory changes."""
+        self._on_change()
+        loop = asyncio.get_running_loop()
+        if loop.time() <= self._until_s:
+            at_s = min(loop.time() + self._check_s, self._until_s + 0.1)
+            self._timer = loop.call_at(at_s, self._look)
 
     def close(self) -> None:
         """Waits for no run any more."""
@@ -127,10 +139,8 @@ class RunExpectation:
         return Expected(environ=self.environ(config, devices), adapter=config.student.trains_adapter)
 
     def _is_near(self) -> bool:
-        return (
-            asyncio.get_running_loop().time() < self._until_s
-            and psutil.virtual_memory().available >= self._free_bytes
-        )
+        needed = FREE_BYTES // 2 if self._waits else FREE_BYTES
+        return asyncio.get_running_loop().time() < self._until_s and self._free_bytes() >= needed
 
     def _any(self) -> Expected | None:
         """Needs of a run of which nothing is known: it has one device, or the CPU beside a teacher."""

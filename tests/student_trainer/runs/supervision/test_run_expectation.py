@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import Run, RunSpec
 from stillhouse.student_trainer.config.proto import from_proto, to_proto
 from stillhouse.student_trainer.runs.settings import StandbyMode
 from stillhouse.student_trainer.runs.supervision.device_slots import DeviceSlots
-from stillhouse.student_trainer.runs.supervision.run_expectation import RunExpectation
+from stillhouse.student_trainer.runs.supervision.run_expectation import FREE_BYTES, RunExpectation
 from stillhouse.student_trainer.runs.supervision.standby import Expected
 from tests.student_trainer.config.specs import SMALLEST, spec_of
 
@@ -26,7 +27,7 @@ def expectation(
     changes: list[float] | None = None,
     gpus: tuple[int, ...] = (),
     idle_cores: float = 0.0,
-    free_bytes: int = 0,
+    free_bytes: Callable[[], int] = lambda: FREE_BYTES,
 ) -> RunExpectation:
     changes = [] if changes is None else changes
     return RunExpectation(
@@ -37,6 +38,7 @@ def expectation(
         patience_s=PATIENCE_S,
         idle_cores=idle_cores,
         free_bytes=free_bytes,
+        check_s=PATIENCE_S / 4,
     )
 
 
@@ -59,16 +61,31 @@ async def test_a_process_waits_for_a_while_after_each_sign(tmp_path: Path) -> No
     run.sign()
     await asyncio.sleep(PATIENCE_S * 0.7)
     assert waits(run) is not None
-    assert len(changes) == 2
+    before = len(changes)
     await asyncio.sleep(PATIENCE_S + 0.2)
     assert waits(run) is None
-    assert len(changes) == 3  # its end is told too
+    after = len(changes)
+    assert after > before  # its end is told too
+    await asyncio.sleep(PATIENCE_S)
+    assert len(changes) == after
     run.close()
 
 
-async def test_no_process_waits_where_memory_is_short(tmp_path: Path) -> None:
-    run = expectation(tmp_path, free_bytes=2**60)
+async def test_memory_decides_as_it_changes(tmp_path: Path) -> None:
+    free = [FREE_BYTES - 1]
+    changes: list[float] = []
+    run = expectation(tmp_path, changes=changes, free_bytes=lambda: free[-1])
     run.sign()
+    assert waits(run) is None
+    await asyncio.sleep(PATIENCE_S / 2)
+    assert len(changes) > 1  # it is looked at again
+    free.append(FREE_BYTES)
+    assert waits(run) is not None
+    free.append(FREE_BYTES // 2)  # among others because of the process
+    assert waits(run) is not None
+    free.append(FREE_BYTES // 2 - 1)
+    assert waits(run) is None
+    free.append(FREE_BYTES - 1)
     assert waits(run) is None
     run.close()
 
