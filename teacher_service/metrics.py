@@ -10,6 +10,8 @@ from stillhouse.teacher_service.admission.fair_queue import ENGINE_UNITS
 from stillhouse.teacher_service.rpc.service_state import Counters, ServiceState
 
 COUNTERS: dict[str, str] = {each.name: each.metadata["help"] for each in fields(Counters)}
+BUSY = {"engine_busy_seconds": "Time in which the engine had at least one sequence or sample."}
+"""Counter of the admission queue."""
 GAUGES = {
     "model_loaded": "1 once the model answers, 0 while it loads.",
     "engine_used": "Share of the engine's capacity in use, in [0, 1].",
@@ -33,6 +35,9 @@ class TeacherMetrics:
         for name, text in COUNTERS.items():
             yield MetricSample(name=name, help=text, value=getattr(self._counters, name), kind="counter")
         serving = self._serving()
+        if serving is not None:
+            for name, text in BUSY.items():
+                yield MetricSample(name=name, help=text, value=serving.admission.busy_s, kind="counter")
         gauges = {"model_loaded": float(serving is not None)}
         if serving is not None:
             gauges |= {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from tests.support.programs import SHARED_CORES, Program, ProgramError, start_pr
 ROOT = Path(__file__).parents[2]
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 SERVE_START_S = 300.0
+TIMES = ("train/rollout_time_s", "train/teacher_wait_s", "train/step_time_s")
+"""Metrics of which an arm keeps the mean of all steps."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,8 +47,9 @@ class ArmResult:
     """Peak resident memory of each process, services included."""
     cpu_s: list[tuple[str, float]] = field(default_factory=list)
     """Processor seconds of each process while the training process lived, start of services included."""
-    steps_cpu_s: float = 0.0
-    """Processor seconds of all processes from the beginning of steps to the end of the last: other work hardly changes them."""
+    steps_cpu_s: list[tuple[str, float]] = field(default_factory=list)
+    """Processor seconds of each process from the beginning of steps to the end of the last, in the order of their start: other
+    work hardly changes them."""
     metrics: dict[str, float] = field(default_factory=dict)
     scores: dict[int, float] = field(default_factory=dict)
     """Nats per token, by step."""
@@ -67,7 +71,8 @@ class ArmResult:
     @property
     def cpu_s_a_step(self) -> float | None:
         """Processor seconds of all processes for a step."""
-        return self.steps_cpu_s / self.last_step if self.last_step and self.steps_cpu_s else None
+        total = sum(seconds for _, seconds in self.steps_cpu_s)
+        return total / self.last_step if self.last_step and total else None
 
     def count(self, used: Watch) -> None:
         """Takes over what the processes used, once steps and their times are known."""
@@ -182,6 +187,10 @@ class Arms:
                 values = metric_of(run_dir, key)
                 if values:
                     result.metrics[key] = values[max(values)]
+            for key in TIMES:
+                values = metric_of(run_dir, key)
+                if values:
+                    result.metrics[key] = statistics.fmean(values.values())
         self._judge(result, code, log, steps=0 if asked.task == "cache" else self.sizes.steps)
         return result
 
@@ -265,7 +274,7 @@ def _result(found: dict[str, Any]) -> ArmResult:
     """A result that was written as JSON."""
     for field_name in ("steps", "folders", "scores"):
         found[field_name] = {int(step): value for step, value in found[field_name].items()}
-    for field_name in ("memory_mib", "cpu_s"):
+    for field_name in ("memory_mib", "cpu_s", "steps_cpu_s"):
         found[field_name] = [(process, value) for process, value in found[field_name]]
     return ArmResult(**{**found, "others": [_result(each) for each in found.get("others", ())]})
 

@@ -88,8 +88,8 @@ class Watch:
 
     def __init__(self) -> None:
         self._used: dict[tuple[int, float], _Use] = {}
-        self._totals: list[tuple[float, float]] = []
-        """(Seconds since the epoch, processor seconds of all processes until then)."""
+        self._looks: list[tuple[float, dict[tuple[int, float], float]]] = []
+        """(Seconds since the epoch, processor seconds of each process until then)."""
 
     @contextmanager
     def watch(self) -> Iterator[Watch]:
@@ -119,19 +119,22 @@ class Watch:
                     max(mib, before.peak_mib if before else 0.0),
                     times.user + times.system,
                 )
-        self._totals.append((time.time(), sum(each.cpu_s for each in self._used.values())))
+        self._looks.append((time.time(), {key: each.cpu_s for key, each in self._used.items()}))
 
     def peaks_mib(self, least_mib: float = 50.0) -> list[tuple[str, float]]:
         """(Name, MiB) of each process with at least so much, the largest first."""
         found = [(each.name, each.peak_mib) for each in self._used.values() if each.peak_mib >= least_mib]
         return sorted(found, key=lambda each: -each[1])
 
-    def cpu_between(self, begin_s: float, end_s: float) -> float:
-        """Processor seconds of all processes between two times, by straight lines between looks."""
-        if not self._totals:
-            return 0.0
-        times, totals = zip(*self._totals, strict=True)
-        return float(np.interp(end_s, times, totals) - np.interp(begin_s, times, totals))
+    def cpu_between(self, begin_s: float, end_s: float) -> list[tuple[str, float]]:
+        """(Name, processor seconds) of each process between two times, by straight lines between looks, in the order of their start."""
+        times = [time_s for time_s, _ in self._looks]
+        found = []
+        for key in sorted(self._used, key=lambda key: key[1]):
+            used = [looked.get(key, 0.0) for _, looked in self._looks]
+            began, ended = np.interp([begin_s, end_s], times, used) if times else (0.0, 0.0)
+            found.append((self._used[key].name, float(ended - began)))
+        return found
 
     def cpu_s(self, least_s: float = 1.0) -> list[tuple[str, float]]:
         """(Name, processor seconds) of each process with at least so many, the largest first; the last look may miss some."""

@@ -3,7 +3,8 @@
 Stillhouse samples in the training process, or through one or two rollout services (which write with a LoRA adapter); TRL's
 DistillationTrainer and GKDTrainer generate with transformers, and hold the teacher in their process. All minimise the reverse
 KL on one text a prompt. Prompts are heads of functions of Python's library, and a text ends where the student ends it, or at
-its longest; `--rows texts` has prompts and texts of one length. Seconds count from the first update on. Each student is scored
+its longest; `--rows texts` has prompts and texts of one length. Seconds count from the first update on. A rollout service is
+idle while no text is in its engine: while it waits for weights or prompts, or another one still writes. Each student is scored
 after the same updates by the reverse KL on what it writes behind held-out prompts. An interrupted comparison prints what it has.
 """
 
@@ -157,7 +158,8 @@ def _rate(result: ArmResult) -> float | None:
 def _tables(outcome: Outcome) -> Sequence[Table]:
     columns = (
         *("arm", "updates", "updates/min", "s of the first two", "CPU s an update", "reverse KL"),
-        *("tokens of a text", "idle share", "staleness", "peak MiB of each process", "problem"),
+        *("tokens of a text", "idle share", "staleness", "s waited for texts and targets, s trained"),
+        *("peak MiB of each process", "problem"),
     )
     arms = outcome.arms
     rows = json.loads(arms.work.prompt_rows(arms.sizes).read_text())
@@ -186,10 +188,19 @@ def _tables(outcome: Outcome) -> Sequence[Table]:
             f"{each.metrics['train/rollout_staleness']:.2f}"
             if "train/rollout_staleness" in each.metrics
             else "",
+            _times(each),
             memory_text(each),
             each.problem,
         )
     return (table,)
+
+
+def _times(result: ArmResult) -> str:
+    """Means of the seconds of an update: until its texts and their targets are there, and behind that."""
+    waited, whole = (result.metrics.get(f"train/{name}_s") for name in ("teacher_wait", "step_time"))
+    if waited is None or whole is None:
+        return ""
+    return f"{waited:.2f}, {whole - waited:.2f}"
 
 
 def _spread(lengths: Sequence[int]) -> str:

@@ -101,7 +101,7 @@ def page() -> str:
     """The page."""
     _compare()
     shared = [row for path in SHARED for row in _readings(ROOT / path)]
-    of_teacher = [(name, "counter", text) for name, text in teacher.COUNTERS.items()]
+    of_teacher = [(name, "counter", text) for name, text in (teacher.COUNTERS | teacher.BUSY).items()]
     of_teacher += [(name, "gauge", text) for name, text in teacher.GAUGES.items()]
     of_run = [(name, "gauge", f"{text} Label: run.") for name, text in trainer.RUN_READINGS.values()]
     pages = {

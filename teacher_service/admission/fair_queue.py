@@ -10,6 +10,7 @@ deducted from the deficit, which an idle client loses.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -82,6 +83,14 @@ class FairQueue:
         """Unoccupied share of the engine, in [0, ENGINE_UNITS]."""
         self.num_running = 0
         """Items that occupy the engine."""
+        self._busy: tuple[float, float | None] = (0.0, None)
+        """Seconds of the past, and the time since which items occupy the engine; one value, since other threads read it."""
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which at least one item occupied the engine."""
+        past_s, since_s = self._busy
+        return past_s if since_s is None else past_s + time.monotonic() - since_s
 
     @property
     def total_waiting(self) -> int:
@@ -122,6 +131,8 @@ class FairQueue:
             client.held -= waiter.cost.engine_units
             self.free += waiter.cost.engine_units
             self.num_running -= 1
+            if not self.num_running:
+                self._busy = self.busy_s, None
         if not client.waiting and client.held == 0:
             self._clients.pop(client.name, None)
 
@@ -148,6 +159,8 @@ class FairQueue:
         client.deficit_tokens -= waiter.cost.tokens
         client.held += waiter.cost.engine_units
         self.free -= waiter.cost.engine_units
+        if not self.num_running:
+            self._busy = self._busy[0], time.monotonic()
         self.num_running += 1
         if not client.waiting:
             self._round.popleft()

@@ -16,7 +16,7 @@ from benchmarks.end_to_end.arms import ArmResult, Arms
 from benchmarks.end_to_end.processes import halves_of_cores, on_cores
 from benchmarks.end_to_end.sizes import Sizes, Work
 from benchmarks.on_policy.__main__ import ratios_of as on_policy_ratios
-from benchmarks.on_policy.idle import IdleShare
+from benchmarks.on_policy.idle import Look, idle_shares
 from benchmarks.start.timeline import longest, timeline
 
 
@@ -115,10 +115,14 @@ def test_a_folder_fits_any_precision_and_as_many_seeds_as_it_was_made_for(tmp_pa
     assert not work.fits(replace(made, vocabulary=32_000))
 
 
-def test_idle_time_counts_between_first_and_last_text() -> None:
-    idle = IdleShare()
-    idle._seen = {1: [False, False, True, True, False, True, False], 2: [False]}
-    assert idle.shares() == [pytest.approx(1 / 4)]
+def test_idle_time_counts_from_the_first_text_of_any_service_to_the_last() -> None:
+    never = [Look(0.0, 0.0), Look(10.0, 0.0)]
+    early = [Look(0.0, 2.0), Look(1.0, 2.5), Look(5.0, 6.5), Look(10.0, 6.5)]
+    late = [Look(0.1, 0.0), Look(5.1, 4.0), Look(9.9, 8.0), Look(10.4, 8.1)]
+    # From 0.5, where the early one begins, to 10.0, where the late one ends.
+    assert idle_shares([early, late]) == pytest.approx([1 - 4.5 / 9.5, 1 - 8.1 / 9.5])
+    assert idle_shares([early, never]) == pytest.approx([0.0, 1.0])
+    assert idle_shares([never]) == []
 
 
 def test_a_starts_stages_end_with_lines_of_its_log() -> None:

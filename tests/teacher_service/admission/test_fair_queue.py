@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 
 import pytest
@@ -107,6 +108,31 @@ async def test_a_cancelled_item_leaves_no_trace() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
     assert admission.free == ENGINE_UNITS
     assert admission.num_waiting("a") == admission.num_waiting("b") == 0
+
+
+async def test_busy_time_is_that_with_an_item_in_the_engine() -> None:
+    admission = FairQueue()
+    cost = CAPACITY.generate_cost(10, 100)
+
+    async def hold(seconds: float) -> None:
+        async with admission.turn("a", cost):
+            await asyncio.sleep(seconds)
+
+    assert admission.busy_s == 0
+    began = time.monotonic()
+    await asyncio.gather(hold(0.1), hold(0.2))  # overlaps count once
+    first = admission.busy_s
+    assert 0.2 <= first <= time.monotonic() - began
+    await asyncio.sleep(0.3)
+    assert admission.busy_s == first
+    running = asyncio.create_task(hold(60))
+    await asyncio.sleep(0.1)
+    assert admission.busy_s >= first + 0.1
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    ended = admission.busy_s
+    await asyncio.sleep(0.02)
+    assert admission.busy_s == ended
 
 
 def test_costs_are_tokens_for_fairness_and_engine_units_for_room() -> None:
