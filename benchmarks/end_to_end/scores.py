@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from benchmarks.end_to_end.runs import LORA_RANK
 from benchmarks.end_to_end.sizes import Sizes, Work
 
 ROWS = 16
@@ -77,10 +78,22 @@ def _load(folder: Path, base: Path) -> Any:
             weights |= load_file(path)
         if not weights:
             raise OSError(f"{folder} holds no weights")
+    if any(".lora_A." in name for name in weights):
+        model = _with_adapter(model, weights)
     missing = model.load_state_dict(weights, strict=False)
     if missing.unexpected_keys:
         raise ValueError(f"{folder} holds other weights, such as {missing.unexpected_keys[0]}")
     return model.eval()
+
+
+def _with_adapter(model: Any, weights: Mapping[str, Tensor]) -> Any:
+    """A model that takes the adapter's weights of a checkpoint of a training process."""
+    from peft import LoraConfig, get_peft_model
+
+    heads = (head for head, found, _ in (name.partition(".lora_A.") for name in weights) if found)
+    targets = {head.removeprefix("base_model.model.") for head in heads}
+    config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=sorted(targets))
+    return get_peft_model(model, config)
 
 
 def _forward(teacher: Any, students: Sequence[Any], held_out: Sequence[HeldOut]) -> list[float]:

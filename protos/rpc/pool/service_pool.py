@@ -69,12 +69,27 @@ class Call(Generic[Item, Answer]):
         """Returns an item that this call has taken and not answered."""
         return self._unanswered.get(item_id)
 
-    def answer(self, item_id: int, answer: Answer | StillhouseError) -> None:
-        """Sets the result of an item; without effect if the call does not have it any longer."""
+    def answer(
+        self, item_id: int, answer: Answer | StillhouseError, *, first: Callable[[], object] = lambda: None
+    ) -> None:
+        """Sets the result of an item; without effect if the call does not have it any longer.
+
+        `first` runs in this thread, once for every item that is answered, before its result can be got.
+        """
+        ledger = self._pool._ledger
         with self._pool._lock:
-            if self._unanswered.pop(item_id, None) is not None:
-                self._pool._ledger.finish(item_id, answer)
-                self._pool._ledger.assign()
+            item = self._unanswered.pop(item_id, None)
+        if item is None:
+            return
+        try:
+            first()
+        except BaseException:
+            self._unanswered[item_id] = item
+            raise
+        with self._pool._lock:
+            if item_id in ledger.tasks:  # the pool is not closed
+                ledger.finish(item_id, answer)
+                ledger.assign()
 
     def retry(self, item_id: int, error: StillhouseError) -> bool:
         """Gives one item back to be asked again, and leaves the replica alone for a while; the call may continue.

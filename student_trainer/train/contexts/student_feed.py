@@ -6,6 +6,8 @@ are sampled after the restart with the weights and the seed that they would have
 
 from __future__ import annotations
 
+import itertools
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +18,6 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from stillhouse.protos.rpc.pool.bounded_wait import BoundedWait
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.config.schema import StudentContextConfig
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
@@ -67,55 +68,56 @@ class StudentFeed(Feed):
         self._gate = gate
         self._queries_top_k = queries_top_k
         self._queries_parts = queries_parts
-        self._parts: defaultdict[tuple[int, int], list[_Part]] = defaultdict(list)
-        """Queries of each rollout, by step and number, in the order of their positions."""
+        self._parts: defaultdict[tuple[int, int, int], list[_Part]] = defaultdict(list)
+        """Queries of each rollout, by step, slot and its place among the slot's, in the order of their positions."""
         self._num_queries = 0
-        self._slots: dict[int, Sequence[Slot]] = {}
-        """Slots of the steps whose targets are not queried yet."""
+        self._submitting = threading.Lock()
+        """Held while a query is sent: services' texts come in several threads."""
         self._num_dropped = 0
         self._sampling_s = 0.0
 
     def request(self, step: int, slots: Sequence[Slot]) -> None:
-        """Samples the rollouts, unless a checkpoint had them, and queries their targets.
+        """Samples the rollouts, unless a checkpoint had them, and queries the targets of each as soon as it is there.
 
         Services write those of later steps while this process goes on.
         """
-        key = (self._settings.context, step)
-        self._slots[step] = slots
+        key, version = (self._settings.context, step), self._version()
+
+        def send(place: int, sample: int, text: SampledText) -> None:
+            self._submit(step, sample, self._rollout(slots[place], text, version), slots[place].row)
+
+        def send_all(place: int, texts: Sequence[SampledText]) -> None:
+            for sample, text in enumerate(texts):
+                send(place, sample, text)
+
         if key in self._in_flight.rollouts:
-            self._query(step)
+            row_of = {slot.position: slot.row for slot in slots}
+            for sample, rollout in _numbered(self._in_flight.rollouts[key]):
+                self._submit(step, sample, rollout, row_of.get(rollout.slot))
         elif not slots:
             self._in_flight.rollouts[key] = []
         elif isinstance(self._sampler, SamplerPool):
-            self._in_flight.pending[key] = self._begin(self._sampler, slots)
+            # The version stands beside the weights in memory and in a checkpoint: they cannot disagree.
+            texts = self._sampler.begin(**self._order(slots), on_texts=send_all)
+            self._in_flight.pending[key] = lambda wait: self._rollouts(slots, texts.result(wait), version)
         else:
-            began, version = time.monotonic(), self._version()
-            samples = self._config.generation.samples_per_prompt
-
-            def send(place: int, sample: int, text: SampledText) -> None:
-                rollout = self._rollout(slots[place], text, version)
-                self._submit(step, place * samples + sample, rollout, slots[place].row)
-
+            began = time.monotonic()
             # The teacher scores texts, and what is there of the others, while these are still being written.
             on_part = send if self._queries_parts else None
-            texts = self._sampler.write(**self._order(slots), on_text=send, on_part=on_part)
-            self._in_flight.rollouts[key] = self._rollouts(slots, texts, version)
+            written = self._sampler.write(**self._order(slots), on_text=send, on_part=on_part)
+            self._in_flight.rollouts[key] = self._rollouts(slots, written, version)
             self._sampling_s = time.monotonic() - began
-            del self._slots[step]
 
-    def _query(self, step: int) -> None:
-        """Queries the targets of rollouts that are there."""
-        slots, rollouts = self._slots.pop(step), self._in_flight.rollouts[self._settings.context, step]
-        row_of = {slot.position: slot.row for slot in slots}
-        for number, rollout in enumerate(rollouts):
-            self._submit(step, number, rollout, row_of.get(rollout.slot))
-
-    def _submit(self, step: int, number: int, rollout: Rollout, row: int | None) -> None:
+    def _submit(self, step: int, sample: int, rollout: Rollout, row: int | None) -> None:
         """Queries the targets of one rollout, of which earlier calls may have had the beginning.
 
-        It is of the training row `row`, from which what teachers alone see comes.
+        It is of the training row `row`, from which what teachers alone see comes, and stands at `sample` among those of its slot.
         """
-        parts = self._parts[step, number]
+        with self._submitting:
+            self._submit_rest(self._parts[step, rollout.slot, sample], rollout, row)
+
+    def _submit_rest(self, parts: list[_Part], rollout: Rollout, row: int | None) -> None:
+        """Queries the targets of a rollout behind `parts`."""
         start = parts[-1].end if parts else rollout.start
         if start == len(rollout.token_ids):
             return
@@ -131,9 +133,9 @@ class StudentFeed(Feed):
         self._num_queries += 1
         self._targets.submit(parts[-1].query_id, query)
 
-    def _answer(self, step: int, number: int, rollout: Rollout) -> Distributions | None:
+    def _answer(self, step: int, sample: int, rollout: Rollout) -> Distributions | None:
         """Waits for the targets of a rollout; None if some are non-finite."""
-        parts = self._parts.pop((step, number))
+        parts = self._parts.pop((step, rollout.slot, sample))
         answers = [self._receive(self._targets.get_result, each.query_id) for each in parts]
         found = [each for each in answers if each is not None]
         if len(found) < len(parts):
@@ -143,13 +145,16 @@ class StudentFeed(Feed):
 
     def collect(self, step: int) -> Iterator[ScoredExample]:
         """The rollouts with their targets; those that are too old are dropped and counted."""
-        self._finish_pending(step)
+        began = time.monotonic()
+        self._in_flight.finish((self._settings.context, step), self._settings.patience)
+        if isinstance(self._sampler, SamplerPool):
+            self._sampling_s = time.monotonic() - began
         version = self._version()
         # They stay until the step is taken: a run that stops before that resumes with them.
         rollouts = self._in_flight.rollouts[self._settings.context, step]
         means, seen = _Means(), 0
-        for number, rollout in enumerate(rollouts):
-            answer = self._answer(step, number, rollout)
+        for sample, rollout in _numbered(rollouts):
+            answer = self._answer(step, sample, rollout)
             if answer is None:
                 self._num_dropped += 1
                 continue
@@ -183,17 +188,6 @@ class StudentFeed(Feed):
         if len(rollouts) > seen:
             log.warning("rollouts left out", step=step + 1, left_out=len(rollouts) - seen, of=len(rollouts))
 
-    def _finish_pending(self, step: int) -> None:
-        """Waits for the rollouts of `step`, and queries the targets of all that are there."""
-        context = self._settings.context
-        began = time.monotonic()
-        self._in_flight.finish((context, step), self._settings.patience)
-        if step in self._slots:
-            self._sampling_s = time.monotonic() - began
-        for each in sorted(self._slots):
-            if (context, each) in self._in_flight.rollouts:
-                self._query(each)
-
     def _order(self, slots: Sequence[Slot]) -> dict[str, Any]:
         """Arguments of a sampler."""
         return {
@@ -204,11 +198,6 @@ class StudentFeed(Feed):
                 text_seed(self._settings.seed, self._settings.context, slot.position) for slot in slots
             ],
         }
-
-    def _begin(self, sampler: SamplerPool, slots: Sequence[Slot]) -> Callable[[BoundedWait], list[Rollout]]:
-        # The version stands beside the weights in memory and in a checkpoint: they cannot disagree.
-        texts, version = sampler.begin(**self._order(slots)), self._version()
-        return lambda wait: self._rollouts(slots, texts.result(wait), version)
 
     def _rollouts(
         self, slots: Sequence[Slot], texts: Sequence[Sequence[SampledText]], version: int
@@ -245,6 +234,12 @@ class _Part(NamedTuple):
 
     query_id: int
     end: int
+
+
+def _numbered(rollouts: Sequence[Rollout]) -> Iterator[tuple[int, Rollout]]:
+    """Rollouts with their places among those of their slots, which stand together."""
+    for _, several in itertools.groupby(rollouts, lambda each: each.slot):
+        yield from enumerate(several)
 
 
 class _Means:

@@ -1,4 +1,4 @@
-"""Rollouts on a service that was started on the student's base: each adapter version is uploaded under a name of its own.
+"""Rollouts on a service that was started on the student's base, by the version of the student's adapter that a call names.
 
 A name never changes its weights, and every text comes back with the fingerprint of the adapter that sampled it, so a text
 cannot be taken for that of another version, however a crash falls between upload, load and sampling.
@@ -6,18 +6,15 @@ cannot be taken for that of another version, however a crash falls between uploa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error, from_status
-from stillhouse.protos.files.adapter import upload_requests
-from stillhouse.protos.rpc.channel import is_loopback
+from stillhouse.protos.errors import Reason, StillhouseError, from_status
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     CAPABILITY_HOT_ADAPTERS,
     CAPABILITY_STRATIFIED_SAMPLES,
@@ -25,27 +22,20 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     GenerateRequest,
     GenerateResponse,
     GetTeacherInfoResponse,
-    LoadAdapterRequest,
     Prompt,
     SampleChunk,
     SamplingParams,
-    UnloadAdapterRequest,
 )
 from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.distributions import Distributions, decode, decode_distributions, encode
 from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.config.teacher import TeacherConfig
-from stillhouse.student_trainer.train.process import failpoints
-from stillhouse.student_trainer.train.rollouts.adapter_files import content_digest
 from stillhouse.student_trainer.train.rollouts.local_sampler import SampledText
-from stillhouse.student_trainer.train.teacher.endpoints import INFO_TIMEOUT_S, Endpoint
+from stillhouse.student_trainer.train.rollouts.service_adapters import ServiceAdapters
+from stillhouse.student_trainer.train.teacher.endpoints import Endpoint
 
 log = structlog.get_logger()
-
-LOAD_TIMEOUT_S = 600.0
-_UNREADABLE = frozenset({Reason.PATH_NOT_ALLOWED, Reason.ADAPTER_INVALID})
-"""Reasons of a service that cannot, or may not, read a path of this machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +49,8 @@ class RolloutQuery:
     adapter: Path
     """Folder of its files."""
     version: int
+    on_texts: Callable[[list[SampledText]], object] = lambda _: None
+    """Told the texts once, in another thread, before they can be got."""
 
 
 class RemoteSampler(Endpoint):
@@ -85,22 +77,19 @@ class RemoteSampler(Endpoint):
         TOKENIZER_MISMATCH, CAPABILITY, TOP_K_TOO_LARGE, or why the service does not answer.
         """
         super().__init__(service.targets[0], service, self._check_base, field=f"{field}.rollout_credential")
-        self._run_name = run_name
+        self._adapters = ServiceAdapters(self.target, run_name)
         self._tokenizer_fingerprint = tokenizer_fingerprint
         self._vocab_size = vocab_size
         self._num_likeliest = num_likeliest
         self._num_draws = num_draws
         self._end_ids = list(end_ids)
         self._clean = clean
-        self._loaded: list[str] = []
-        self._reads_our_files = is_loopback(self.target)
         self.info = GetTeacherInfoResponse()
         """Info of the service at its last probe."""
 
     def close(self) -> None:
         """Frees the adapters' slots, if the service answers, and closes the connection."""
-        if self._loaded:
-            self._unload_all(self.stub())
+        self._adapters.unload_unused(self.stub)
         super().close()
 
     def sample(
@@ -108,56 +97,50 @@ class RemoteSampler(Endpoint):
         prompts: Sequence[RolloutQuery],
         generation: RolloutConfig,
         on_cancel: Callable[[Callable[[], object]], None],
-    ) -> list[list[SampledText]]:
-        """Returns up to `samples_per_prompt` texts for each prompt, without those that hold a token unknown to the teacher.
+    ) -> Generator[tuple[int, list[SampledText]]]:
+        """Yields the place of each prompt and its up to `samples_per_prompt` texts, once all of these are written.
 
-        All prompts have the same adapter. `on_cancel` gets the function that cancels the call. Raises StillhouseError.
+        Texts that hold a token unknown to the teacher are left out. All prompts have the same adapter. `on_cancel` gets the
+        function that cancels the call. Raises StillhouseError.
         """
         with self.errors():
             stub = self.stub()
-            name, fingerprint = self._load(stub, prompts[0])
-            request = GenerateRequest(
-                prompts=[
-                    Prompt(
-                        token_ids=encode(prompt.token_ids),
-                        adapter=name,
-                        sampling=SamplingParams(seed=prompt.seed, max_new_tokens=prompt.max_new_tokens),
-                    )
-                    for prompt in prompts
-                ],
-                sampling=SamplingParams(temperature=generation.temperature, top_p=generation.top_p),
-                num_samples=generation.samples_per_prompt,
-                distributions=DistributionConfig(
-                    top_k=self._num_likeliest,
-                    logprob_dtype=Tensor.DATA_TYPE_FLOAT32,
-                    pack_token_ids=True,
-                    num_sampled_tokens=self._present_draws,
-                    sample_tail=self._present_draws > 0,
-                    stratified_samples=self._present_draws > 0,
-                    sort_samples=self._present_draws > 0,
-                    sampled_logprobs=self._present_draws > 0,
-                ),
-                whole_samples=True,
-            )
-            stream = stub.Generate(request)
-            on_cancel(stream.cancel)
-            self._unload_all(stub, but=name)  # while the service writes
-            texts = self._texts(stream, fingerprint)
-        for number, prompt in enumerate(prompts):
-            missing = [each for each in range(generation.samples_per_prompt) if (number, each) not in texts]
-            if missing:
-                raise StillhouseError(
-                    Reason.TENSOR_INVALID,
-                    f"The service at {self.target} left out samples {missing} of a prompt of {len(prompt.token_ids)} tokens.",
+            with self._adapters.use(stub, prompts[0].adapter, prompts[0].version) as (name, fingerprint):
+                stream = stub.Generate(self._request(prompts, generation, name))
+                on_cancel(stream.cancel)
+                try:
+                    self._adapters.unload_unused(lambda: stub)  # while the service writes
+                    yield from self._texts(stream, prompts, generation.samples_per_prompt, fingerprint)
+                finally:
+                    stream.cancel()
+
+    def _request(
+        self, prompts: Sequence[RolloutQuery], generation: RolloutConfig, adapter: str
+    ) -> GenerateRequest:
+        draws = self._present_draws
+        return GenerateRequest(
+            prompts=[
+                Prompt(
+                    token_ids=encode(prompt.token_ids),
+                    adapter=adapter,
+                    sampling=SamplingParams(seed=prompt.seed, max_new_tokens=prompt.max_new_tokens),
                 )
-        return [
-            [
-                texts[number, sample]
-                for sample in range(generation.samples_per_prompt)
-                if int(texts[number, sample].token_ids.max()) < self._vocab_size
-            ]
-            for number in range(len(prompts))
-        ]
+                for prompt in prompts
+            ],
+            sampling=SamplingParams(temperature=generation.temperature, top_p=generation.top_p),
+            num_samples=generation.samples_per_prompt,
+            distributions=DistributionConfig(
+                top_k=self._num_likeliest,
+                logprob_dtype=Tensor.DATA_TYPE_FLOAT32,
+                pack_token_ids=True,
+                num_sampled_tokens=draws,
+                sample_tail=draws > 0,
+                stratified_samples=draws > 0,
+                sort_samples=draws > 0,
+                sampled_logprobs=draws > 0,
+            ),
+            whole_samples=True,
+        )
 
     @property
     def _present_draws(self) -> int:
@@ -193,62 +176,17 @@ class RemoteSampler(Endpoint):
             )
         if self._clean:
             self._clean = False
-            for each in info.adapters:
-                if each.name.startswith(f"{self._run_name}/"):
-                    self._unload(stub, each.name)
-
-    def _load(self, stub: TeacherServiceStub, query: RolloutQuery) -> tuple[str, str]:
-        """Loads an adapter in the service; returns its name and fingerprint.
-
-        A service on this machine reads the files where they are, unless it may not; any other one gets them sent.
-        """
-        if self._reads_our_files:
-            name = f"{self._run_name}/{query.version}-{content_digest(query.adapter)[:12]}"
-            try:
-                return name, self._load_path(stub, name, str(query.adapter))
-            except grpc.RpcError as error:
-                said = from_rpc_error(error, target=self.target, service="teacher")
-                if said.reason not in _UNREADABLE:
-                    raise
-                self._reads_our_files = False
-                log.info("adapters are sent to the rollout service", target=self.target, why=said.message)
-        stored = stub.UploadAdapter(upload_requests(query.adapter), timeout=LOAD_TIMEOUT_S)
-        name = f"{self._run_name}/{query.version}-{stored.fingerprint[:12]}"
-        self._load_path(stub, name, stored.path)
-        return name, stored.fingerprint
-
-    def _load_path(self, stub: TeacherServiceStub, name: str, path: str) -> str:
-        """Loads the files at `path` of the service; returns their fingerprint. The adapter before stays until texts are begun."""
-        request = LoadAdapterRequest(adapter=name, path=path)
-        try:
-            loaded = stub.LoadAdapter(request, timeout=LOAD_TIMEOUT_S)
-        except grpc.RpcError as error:
-            said = from_rpc_error(error, target=self.target, service="teacher")
-            if said.reason is not Reason.ADAPTER_SLOTS or not self._loaded:
-                raise
-            self._unload_all(stub)  # a service with one slot
-            loaded = stub.LoadAdapter(request, timeout=LOAD_TIMEOUT_S)
-        if name not in self._loaded:
-            self._loaded.append(name)
-        failpoints.reach("rollouts.after_load")
-        return str(loaded.adapter.fingerprint)
-
-    def _unload_all(self, stub: TeacherServiceStub, *, but: str = "") -> None:
-        """Frees the slots of all adapters loaded here, but one."""
-        for each in [name for name in self._loaded if name != but]:
-            self._unload(stub, each)
-            self._loaded.remove(each)
-
-    def _unload(self, stub: TeacherServiceStub, name: str) -> None:
-        try:
-            stub.UnloadAdapter(UnloadAdapterRequest(adapter=name), timeout=INFO_TIMEOUT_S)
-        except grpc.RpcError as error:  # a service that was restarted has forgotten it
-            log.warning("an adapter was not unloaded", adapter=name, why=str(error.code()))
+            self._adapters.unload_leftovers(stub, info)
 
     def _texts(
-        self, stream: Iterable[GenerateResponse], fingerprint: str
-    ) -> dict[tuple[int, int], SampledText]:
+        self,
+        stream: Iterable[GenerateResponse],
+        prompts: Sequence[RolloutQuery],
+        num_samples: int,
+        fingerprint: str,
+    ) -> Iterator[tuple[int, list[SampledText]]]:
         parts: dict[tuple[int, int], list[SampleChunk]] = {}
+        texts: dict[int, dict[int, SampledText]] = {number: {} for number in range(len(prompts))}
         for response in stream:
             for chunk in response.chunks:
                 if chunk.HasField("error"):
@@ -259,8 +197,24 @@ class RemoteSampler(Endpoint):
                         f"The service at {self.target} wrote with adapter {chunk.adapter_fingerprint[:12] or 'none'}; "
                         f"{fingerprint[:12]} was asked for.",
                     )
-                parts.setdefault((chunk.prompt_index, chunk.sample_index), []).append(chunk)
-        return {key: self._text(several) for key, several in parts.items()}
+                key = number, sample = chunk.prompt_index, chunk.sample_index
+                parts.setdefault(key, []).append(chunk)
+                if chunk.finish_reason == SampleChunk.FINISH_REASON_UNSPECIFIED or number not in texts:
+                    continue
+                texts[number][sample] = self._text(parts.pop(key))
+                if len(texts[number]) == num_samples:
+                    found = texts.pop(number)
+                    yield number, [found[each] for each in sorted(found) if self._is_known(found[each])]
+        for number, found in texts.items():
+            missing = [each for each in range(num_samples) if each not in found]
+            raise StillhouseError(
+                Reason.TENSOR_INVALID,
+                f"The service at {self.target} left out samples {missing} of a prompt of {len(prompts[number].token_ids)} tokens.",
+            )
+
+    def _is_known(self, text: SampledText) -> bool:
+        """True if the teacher knows every token of a text."""
+        return int(text.token_ids.max()) < self._vocab_size
 
     def _text(self, parts: Sequence[SampleChunk]) -> SampledText:
         int32, float32 = (Tensor.DATA_TYPE_INT32,), (Tensor.DATA_TYPE_FLOAT32,)

@@ -1,14 +1,16 @@
 """Rollouts on one or several services on the student's base: prompts are shared among those that answer.
 
 A prompt's texts follow from its seed, so they are the same from every service. The services write while the training process
-goes on; the files of the adapter that they write with stay until they have.
+goes on, and begin with the next version's texts while the last ones of this version are being written; the files of the adapter
+that they write with stay until they have.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from functools import partial
 
 import numpy as np
 import structlog
@@ -26,6 +28,11 @@ from stillhouse.student_trainer.train.rollouts.remote_sampler import RemoteSampl
 from stillhouse.student_trainer.train.student.student import Student
 
 log = structlog.get_logger()
+
+OnTexts = Callable[[int, list[SampledText]], object]
+"""Is told a prompt's place and its texts."""
+NUM_CALLS = 2
+"""Calls to a service side by side: while one version's last texts are written, the next version's begin."""
 
 
 class PendingTexts:
@@ -100,6 +107,7 @@ class SamplerPool:
         options: PoolOptions[RolloutQuery] = PoolOptions(
             name="rollouts",
             cost_of=lambda query: len(query.token_ids) + query.max_new_tokens,
+            max_calls=NUM_CALLS,
             # A token that is replaced while the run goes on is read again before the next try.
             is_passing=lambda error, _: error.retryable or error.reason is Reason.UNAUTHENTICATED,
         )
@@ -122,10 +130,12 @@ class SamplerPool:
         *,
         max_sequence_tokens: int,
         seeds: Sequence[int],
+        on_texts: OnTexts = lambda _prompt, _texts: None,
     ) -> PendingTexts:
         """Has up to `samples_per_prompt` texts of each prompt written with the student's present weights, and does not wait.
 
-        The wait for them is that for a teacher. Prompt and text have at most `max_sequence_tokens`.
+        The wait for them is that for a teacher. Prompt and text have at most `max_sequence_tokens`. `on_texts` is called once for
+        each prompt, in another thread, while others are still being written.
         """
         self._generation = generation
         with ExitStack() as stack:
@@ -137,8 +147,9 @@ class SamplerPool:
                     max_new_tokens=min(generation.max_new_tokens, max_sequence_tokens - len(prompt)),
                     adapter=adapter,
                     version=self._version(),
+                    on_texts=partial(on_texts, place),
                 )
-                for prompt, seed in zip(prompts, seeds, strict=True)
+                for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
             }
             pending = PendingTexts(self._pool, queries, stack.pop_all())
         self._begun = [*(each for each in self._begun if not each.is_done), pending]
@@ -171,9 +182,10 @@ class SamplerPool:
 
         queries = call.take(is_same)
         if queries:
-            texts = sampler.sample(list(queries.values()), self._generation, call.on_cancel)
-            for query_id, several in zip(queries, texts, strict=True):
-                call.answer(query_id, several)
+            ids, prompts = list(queries), list(queries.values())
+            with closing(sampler.sample(prompts, self._generation, call.on_cancel)) as written:
+                for place, texts in written:
+                    call.answer(ids[place], texts, first=partial(prompts[place].on_texts, texts))
 
     def _require_same_base(self, sampler: RemoteSampler) -> None:
         info = sampler.info

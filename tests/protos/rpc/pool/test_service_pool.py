@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 
@@ -328,6 +329,49 @@ def test_a_silent_replica_is_pinged_and_its_items_go_to_another_if_it_hangs(worl
     assert world.results(pool, 1) == [(0, "well")]
     assert "has answered nothing for 10 s" in world.losses[0].error.message
     assert "no reaction" in world.losses[0].error.message
+
+
+def test_what_comes_first_is_done_once_before_an_answer_can_be_got(world: World) -> None:
+    member = world.member("only")
+    pool = world.pool(member)
+    told: list[int] = []
+
+    def serve(replica: Member, call: Call[int, str]) -> None:
+        for item_id in call.take():
+            call.answer(item_id, replica.target, first=partial(told.append, item_id))
+            call.answer(item_id, replica.target, first=partial(told.append, item_id))
+
+    pool._serve = serve
+    pool.put({0: 1, 1: 1})
+    assert pool.get_result(1, world.wait) == "only"
+    assert told == [0, 1]
+    pool.put({2: 1})
+    assert sorted(world.results(pool, 2)) == [(0, "only"), (2, "only")]
+    assert told == [0, 1, 2]
+
+
+def test_an_answer_that_comes_as_the_pool_closes_is_dropped(world: World) -> None:
+    member = world.member("only")
+    pool = world.pool(member)
+    closed: list[threading.Thread] = []
+
+    def serve(replica: Member, call: Call[int, str]) -> None:
+        (item_id,) = call.take()
+        closing = threading.Thread(target=pool.close)
+
+        def close() -> None:
+            closing.start()
+            while not pool._is_closed:
+                pass
+            closed.append(closing)
+
+        call.answer(item_id, replica.target, first=close)
+
+    pool._serve = serve
+    pool.put({0: 1})
+    world.until(pool, lambda: bool(closed))
+    closed[0].join(30)
+    assert pool._ledger.failure is None
 
 
 def test_closing_cancels_calls_and_leaves_no_thread_and_no_load(world: World) -> None:
