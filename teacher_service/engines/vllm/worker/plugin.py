@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from stillhouse.teacher_service.engines.vllm.worker import lm_head_lora
+from stillhouse.teacher_service.engines.vllm.worker import linear_lora, lm_head_lora
 from stillhouse.teacher_service.engines.vllm.worker.request_plan import score_start
 
 VARIABLE = "STILLHOUSE_VLLM_PLUGIN"
@@ -50,6 +50,7 @@ def register() -> None:
         (_cap_cache_hits, "the prefix cache is not used for scoring"),
         (_clear_new_blocks, "a sequence with NaN can spoil later ones"),
         (_read_less_beside_writers, "long prompts delay generation"),
+        (linear_lora.install, "adapters are copied for each row"),
         (lm_head_lora.install, "models whose output layer takes adapters cannot be scored together with any"),
     ):
         try:
