@@ -344,10 +344,8 @@ def test_what_comes_first_is_done_once_before_an_answer_can_be_got(world: World)
     pool._serve = serve
     pool.put({0: 1, 1: 1})
     assert pool.get_result(1, world.wait) == "only"
+    assert world.results(pool, 1) == [(0, "only")]
     assert told == [0, 1]
-    pool.put({2: 1})
-    assert sorted(world.results(pool, 2)) == [(0, "only"), (2, "only")]
-    assert told == [0, 1, 2]
 
 
 def test_an_answer_that_comes_as_the_pool_closes_is_dropped(world: World) -> None:
