@@ -21,6 +21,7 @@ from vllm.v1.outputs import LogprobsLists
 from stillhouse.teacher_service.engines.vllm.logprobs_processor import RawRows, _processor
 from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import HelperThreads
 from stillhouse.teacher_service.engines.vllm.worker.eager_ranks import count_eagerly
+from stillhouse.teacher_service.engines.vllm.worker.extension import PromptScorer
 from stillhouse.teacher_service.engines.vllm.worker.request_plan import STREAM_INTERVAL_TOKENS
 from stillhouse.teacher_service.engines.vllm.worker.row_buffer import OutgoingRows, RowBuffer, is_due
 
@@ -119,3 +120,24 @@ def test_ranks_are_counted_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -
     assert not hasattr(sampler.batched_count_greater_than, "_torchdynamo_orig_callable")
     logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-3.0, -1.0, -2.0]])
     assert sampler.batched_count_greater_than(logprobs, torch.tensor([[-2.0], [-1.0]])).tolist() == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "hidden_size", "rows"),
+    [
+        (32_000, 256, 131),  # the layer stays in a cache, and so do its logits
+        (32_000, 1024, 524),  # each chunk reads the layer again
+        (1024, 64, 4096),
+    ],
+)
+def test_chunks_of_logits_are_small_beside_a_layer_that_stays_in_a_cache(
+    vocab_size: int, hidden_size: int, rows: int
+) -> None:
+    runner = SimpleNamespace(
+        model=torch.nn.Module(),
+        device=torch.device("cpu"),
+        input_batch=SimpleNamespace(vocab_size=vocab_size),
+        max_num_reqs=8,
+    )
+    scorer = PromptScorer(runner, lambda *_: {}, HelperThreads(0))
+    assert scorer._chunk_rows(5000, hidden_size, None) == rows
