@@ -108,11 +108,26 @@ class Feed(abc.ABC):
 
     def _receive(self, get_result: Callable[[int, TeacherWait], A], sequence_id: int) -> A | None:
         """A stream's result; None if its targets are non-finite. Raises as `collect` does."""
-        try:
-            return get_result(sequence_id, self._settings.patience)
-        except StillhouseError as error:
-            self._skips.count(error, self.num_asked)
+        results = self._receive_all(get_result, [sequence_id])
+        return results[0] if results else None
+
+    def _receive_all(
+        self, get_result: Callable[[int, TeacherWait], A], query_ids: Sequence[int]
+    ) -> list[A] | None:
+        """The results of all queries about one sequence; None if some targets are non-finite. Raises as `collect` does."""
+        results: list[A] = []
+        refused: StillhouseError | None = None
+        for query_id in query_ids:
+            try:
+                results.append(get_result(query_id, self._settings.patience))
+            except StillhouseError as error:
+                if error.reason is not Reason.NON_FINITE:
+                    raise
+                refused = error
+        if refused is not None:
+            self._skips.count(refused, self.num_asked)
             return None
+        return results
 
 
 def generated_example(token_ids: NDArray[np.int32], num_prompt: int, place: str, teacher: str) -> Example:

@@ -71,10 +71,16 @@ class StudentFeed(Feed):
         self._parts: defaultdict[tuple[int, int, int], list[_Part]] = defaultdict(list)
         """Queries of each rollout, by step, slot and its place among the slot's, in the order of their positions."""
         self._num_queries = 0
+        self._num_further_parts = 0
+        """Answered queries beyond the first one about each rollout."""
         self._submitting = threading.Lock()
         """Held while a query is sent: services' texts come in several threads."""
         self._num_dropped = 0
         self._sampling_s = 0.0
+
+    @property
+    def num_asked(self) -> int:
+        return super().num_asked - self._num_further_parts
 
     def request(self, step: int, slots: Sequence[Slot]) -> None:
         """Samples the rollouts, unless a checkpoint had them, and queries the targets of each as soon as it is there.
@@ -136,9 +142,10 @@ class StudentFeed(Feed):
     def _answer(self, step: int, sample: int, rollout: Rollout) -> Distributions | None:
         """Waits for the targets of a rollout; None if some are non-finite."""
         parts = self._parts.pop((step, rollout.slot, sample))
-        answers = [self._receive(self._targets.get_result, each.query_id) for each in parts]
-        found = [each for each in answers if each is not None]
-        if len(found) < len(parts):
+        found = self._receive_all(self._targets.get_result, [each.query_id for each in parts])
+        # Rollouts count once, however many parts they have.
+        self._num_further_parts += len(parts) - 1
+        if found is None:
             return None
         num_draws = 0 if rollout.draws is None else rollout.draws.shape[1]
         return _joined(found, num_queries=rollout.likeliest.shape[1] + num_draws)

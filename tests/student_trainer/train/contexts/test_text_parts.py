@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.student_trainer.config.proto import from_proto
 from stillhouse.student_trainer.config.schema import RolloutConfig, StudentConfig, StudentContextConfig
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
-from stillhouse.student_trainer.train.contexts.source import FeedSettings
+from stillhouse.student_trainer.train.contexts.source import MAX_SKIPPED_ANYWAY, FeedSettings
 from stillhouse.student_trainer.train.contexts.student_feed import StudentFeed
 from stillhouse.student_trainer.train.contexts.warm_start import WarmStart
 from stillhouse.student_trainer.train.data.context_mix import Slot
@@ -24,6 +26,7 @@ from stillhouse.student_trainer.train.rollouts import local_sampler
 from stillhouse.student_trainer.train.rollouts.local_sampler import LocalSampler, SampledText
 from stillhouse.student_trainer.train.rollouts.rollout_buffer import RolloutBuffer
 from stillhouse.student_trainer.train.teacher.online_teachers import OnlineTeachers
+from stillhouse.student_trainer.train.teacher.query import TargetStream, TeacherQuery
 from stillhouse.student_trainer.train.teacher.target_requests import training_request
 from stillhouse.student_trainer.train.teacher.teacher import Demands
 from tests.conftest import Models
@@ -82,16 +85,41 @@ def test_a_part_is_the_beginning_of_its_text(sampler: LocalSampler) -> None:
     assert any(parts.values())
 
 
-@pytest.mark.parametrize("room", [64, 9], ids=["whole", "cut"])
-def test_parts_have_the_targets_of_whole_texts(
-    sampler: LocalSampler,
-    models: Models,
-    dataset_file: Path,
-    hf_teacher: Program,
-    tmp_path: Path,
-    *,
-    room: int,
-) -> None:
+class Refusing:
+    """A TargetStream whose teacher finds the distributions of one sequence non-finite, whichever part of it is asked for."""
+
+    def __init__(self, stream: TargetStream, sequence: list[int]) -> None:
+        self._stream = stream
+        self._sequence = sequence
+        self._refused: set[int] = set()
+
+    @property
+    def num_asked(self) -> int:
+        return self._stream.num_asked
+
+    def submit(self, sequence_id: int, query: TeacherQuery) -> None:
+        if query.token_ids.tolist() == self._sequence[: len(query.token_ids)]:
+            self._refused.add(sequence_id)
+        self._stream.submit(sequence_id, query)
+
+    def get_result(self, sequence_id: int, patience: TeacherWait) -> Distributions:
+        answer = self._stream.get_result(sequence_id, patience)
+        if sequence_id in self._refused:
+            raise StillhouseError(Reason.NON_FINITE, "Logits are non-finite.")
+        return answer
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+Collect = Callable[..., list[ScoredExample]]
+
+
+@pytest.fixture
+def collect(
+    sampler: LocalSampler, models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path
+) -> Iterator[Collect]:
+    """Collects a step of three prompts: `collect(queries_parts=..., room=64, refused=[])`."""
     spec = spec_of(
         models.student, dataset_file, hf_teacher.target, loss=LOSS, contexts=[{"weight": 1.0, "student": {}}]
     )
@@ -108,23 +136,25 @@ def test_parts_have_the_targets_of_whole_texts(
         demands = Demands.from_config(config, fingerprint, text, corpus)
         teachers = OnlineTeachers.connect(config, demands, run_dir, patience=patience, stack=stack)
         assert not teachers.reuse_prefixes
-        settings = FeedSettings(
-            context=0,
-            examples=corpus.train,
-            seed=0,
-            ahead=0,
-            max_sequence_tokens=64,
-            # A teacher may take less than the student writes.
-            sequence_limits={"": longest + room},
-            patience=patience,
-        )
 
-        def collected(*, queries_parts: bool) -> Iterator[ScoredExample]:
+        def collected(
+            *, queries_parts: bool, room: int = 64, refused: Sequence[int] = ()
+        ) -> list[ScoredExample]:
+            settings = FeedSettings(
+                context=0,
+                examples=corpus.train,
+                seed=0,
+                ahead=0,
+                max_sequence_tokens=64,
+                # A teacher may take less than the student writes.
+                sequence_limits={"": longest + room},
+                patience=patience,
+            )
             targets = teachers.open_stream(training_request(config.loss, 0), cacheable=False)
             stack.callback(targets.close)
             feed = StudentFeed(
                 settings,
-                targets,
+                Refusing(targets, list(refused)),
                 sampler,
                 StudentContextConfig(generation=GENERATION),
                 in_flight=RolloutBuffer(),
@@ -135,11 +165,18 @@ def test_parts_have_the_targets_of_whole_texts(
                 max_staleness=0,
             )
             feed.request(0, slots)
-            yield from feed.collect(0)
+            scored = list(feed.collect(0))
             assert not feed._parts
+            assert feed.num_asked == len(slots) * GENERATION.samples_per_prompt
+            return scored
 
-        whole, parts = (list(collected(queries_parts=each)) for each in (False, True))
-    assert len(whole) == len(parts) == len(slots) * GENERATION.samples_per_prompt
+        yield collected
+
+
+@pytest.mark.parametrize("room", [64, 9], ids=["whole", "cut"])
+def test_parts_have_the_targets_of_whole_texts(collect: Collect, *, room: int) -> None:
+    whole, parts = (collect(queries_parts=each, room=room) for each in (False, True))
+    assert len(whole) == len(parts) == 3 * GENERATION.samples_per_prompt
     for one, other in zip(whole, parts, strict=True):
         assert one.example.token_ids.tolist() == other.example.token_ids.tolist()
         assert one.answer is not None
@@ -149,3 +186,14 @@ def test_parts_have_the_targets_of_whole_texts(
             np.testing.assert_allclose(
                 getattr(one.answer, name), getattr(other.answer, name), atol=2e-5, err_msg=name
             )
+
+
+def test_a_text_whose_parts_are_non_finite_is_left_out_once(collect: Collect) -> None:
+    whole = collect(queries_parts=True)
+    longest = max((each.example.token_ids.tolist() for each in whole), key=len)
+    kept = collect(queries_parts=True, refused=longest)
+    assert [each.example.token_ids.tolist() for each in kept] == [
+        tokens for each in whole if (tokens := each.example.token_ids.tolist()) != longest
+    ]
+    # Its parts alone are more than the sequences that a run may leave out.
+    assert GENERATION.max_new_tokens > PART * MAX_SKIPPED_ANYWAY
