@@ -31,6 +31,9 @@ MAX_RUNNING_SEQUENCES = 256
 CPU_BLOCK_TOKENS = 32
 """Block size of the prefix cache on a CPU, the smallest of its kernels: the rest of a prompt after its last full
 block is recomputed for each of its completions."""
+SPINS = "1000"
+"""Turns, some ten microseconds, that an OpenMP thread waits for others before it sleeps: a step has hundreds of waits, most of
+them shorter than the wake-up of a sleeping thread."""
 WORKER_EXTENSION = "stillhouse.teacher_service.engines.vllm.worker.extension.WorkerExtension"
 """Import path of the worker extension, which does nothing until called."""
 # On a CPU the worker of the lower tiers holds float32 logits of a full chunk of a prompt: half a GiB at this many elements.
@@ -149,8 +152,9 @@ def set_cpu_environment(config: TeacherConfig) -> None:
         # With many threads the one free core makes no difference.
         helps = config.threads is None and threads == 1 and num_cores() > 1
         os.environ[HELPER_THREADS_VARIABLE] = str(int(helps))
-        if helps:  # a waiting thread yields its core to other processes
+        if helps:  # a waiting thread soon yields its core to other processes
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+            os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def engine_arguments(

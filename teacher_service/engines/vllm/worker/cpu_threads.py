@@ -1,6 +1,7 @@
 """CPU threads of vLLM's worker: the core that vLLM reserves for its front end also computes while prompts are scored.
 
-`with_free_cores` gives PyTorch one more thread in steps that only score; `HelperThreads` turn logits into rows beside them.
+`with_free_cores` gives PyTorch one more thread in steps that only score; `HelperThreads` turn logits into rows beside them, and
+beside the steps that follow.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -30,8 +31,12 @@ _LARGE_ROWS = 256
 _AHEAD = 4
 """Waiting chunks per thread, each with its logits, before the sharing thread computes some itself."""
 
+_DEFERRED = 2
+"""Results that may be deferred at once, each with the logits of a step that it is computed from."""
+
 Step = Callable[..., Any]
 Work = Callable[[], None]
+Result = TypeVar("Result")
 
 
 def with_free_cores(runner: Any, step: Step, helpers: int) -> Step:
@@ -77,12 +82,36 @@ def only_scores(runner: Any, scheduler_output: Any) -> bool:
     )
 
 
+class Deferred(Generic[Result]):
+    """Result computed by a helper when it has time, or by the first thread that needs it."""
+
+    def __init__(self, pool: ThreadPoolExecutor | None, work: Callable[[], Result]) -> None:
+        self._work: Callable[[], Result] | None = work
+        self._results: list[Result] = []
+        self._future = None if pool is None else pool.submit(_without_gradients, self._run)
+
+    def _run(self) -> None:
+        assert self._work is not None
+        self._results.append(self._work())
+        self._work = None  # with the logits that it holds
+
+    def result(self) -> Result:
+        """Waits for the result, or computes it. Raises the work's error."""
+        if not self._results:
+            if self._future is None or self._future.cancel():
+                self._run()
+            else:
+                self._future.result()
+        return self._results[0]
+
+
 class HelperThreads:
     """Pool of helper threads, possibly empty."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._pool = ThreadPoolExecutor(count, "stillhouse-rows") if count else None
+        self._deferred: deque[Deferred[Any]] = deque()
 
     @classmethod
     def from_environment(cls) -> HelperThreads:
@@ -116,6 +145,13 @@ class HelperThreads:
         while submitted:
             submitted.rotate(1)  # helpers begin with the oldest, this thread with the latest
             finish_one()
+
+    def defer(self, work: Callable[[], Result]) -> Deferred[Result]:
+        """Gives work to the helpers whose result is needed later; waits for the oldest of more than _DEFERRED."""
+        self._deferred.append(deferred := Deferred(self._pool, work))
+        if len(self._deferred) > _DEFERRED:
+            self._deferred.popleft().result()
+        return deferred
 
     def chunk_rows(self, num_rows: int, num_weights: int) -> int:
         """Chunk size for `num_rows` rows through a layer of `num_weights` weights."""

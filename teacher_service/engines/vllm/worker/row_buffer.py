@@ -5,6 +5,7 @@ Each array costs the engine's process and the front end more than its contents, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,21 +15,29 @@ import numpy.typing as npt
 from stillhouse.teacher_service.engines.vllm.worker.request_plan import STREAM_INTERVAL_TOKENS
 
 Array = npt.NDArray[Any]
+Columns = Callable[[], tuple[Array, Array]]
+"""Returns (ids, values) of a step's rows, which may be computed until then."""
 _NO_RANKS = np.empty(0, np.int32)
 
 
 @dataclass(slots=True)
 class RowBuffer:
-    """Unreleased rows of one sample: for each its step's arrays, and its index in them."""
+    """Unreleased rows of one sample: for each its step's columns, and its index in them."""
 
-    rows: list[tuple[Array, Array, int]] = field(default_factory=list)
+    rows: list[tuple[Columns, int]] = field(default_factory=list)
 
     def drain(self, count: int | None = None) -> tuple[Array, Array, Array]:
         """Returns and removes the first `count` rows, or all: (ids [n, C], values [n, D], no ranks)."""
         rows = self.rows[:count]
         del self.rows[: len(rows)]
-        ids, values = np.stack([ids[at] for ids, _, at in rows]), np.stack([each[at] for _, each, at in rows])
-        return ids, values, _NO_RANKS
+        steps = [(*columns(), at) for columns, at in rows]
+        ids = np.stack([each[at] for each, _, at in steps])
+        return ids, np.stack([each[at] for _, each, at in steps]), _NO_RANKS
+
+
+def known(ids: Array, values: Array) -> Columns:
+    """Columns that are computed already."""
+    return lambda: (ids, values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from stillhouse.teacher_service.distributions.from_logits import RowSpec
 from stillhouse.teacher_service.distributions.row_tensors import RowInputs, row_tensors
 from stillhouse.teacher_service.distributions.to_device import to_device
 from stillhouse.teacher_service.engine import DistributionOptions
-from stillhouse.teacher_service.engines.vllm.worker.batch_sampling import sample_rows
+from stillhouse.teacher_service.engines.vllm.worker.batch_sampling import SampledRows, sample_rows
 from stillhouse.teacher_service.engines.vllm.worker.request_plan import SamplingPlan, pack
 
 # Axes: B rows, V vocabulary, R samples.
@@ -32,8 +32,17 @@ def sampled_columns(
     Plans share `options` and `num_valid`; `positions` count the tokens generated before; `uniforms_BR` are those of
     `prefix_uniforms`.
     """
-    options = plans[0].options
     sampled = sample_rows(logits_BV, plans, positions)
+    return columns_of(logits_BV, sampled, plans[0].options, uniforms_BR)
+
+
+def columns_of(
+    logits_BV: Tensor,
+    sampled: SampledRows,
+    options: DistributionOptions | None,
+    uniforms_BR: npt.NDArray[np.float64] | None,
+) -> tuple[Tensor, Tensor]:
+    """Packs sampled tokens with the distributions of their logits, of any float type with `options`, else FLOAT32."""
     if options is None:
         finite_B = torch.isfinite(logits_BV.sum(dim=-1))
         nothing_B = torch.zeros_like(sampled.logprobs)

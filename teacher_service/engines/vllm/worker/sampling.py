@@ -1,6 +1,7 @@
 """Samples tokens inside vLLM's worker, and reports their distributions, from the logits of one decode pass.
 
-Replaces `_sample` of vLLM's first model runner for requests with a plan; run on the CPU build only.
+Replaces `_sample` of vLLM's first model runner for requests with a plan; run on the CPU build only. The next pass needs the
+tokens alone: distributions that the front end does not emit yet are left to helper threads, where there are any.
 """
 
 from __future__ import annotations
@@ -14,10 +15,18 @@ import torch
 from torch import Tensor
 
 from stillhouse.teacher_service.distributions import normalisation, row_tensors
-from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import HelperThreads
+from stillhouse.teacher_service.engine import DistributionOptions
+from stillhouse.teacher_service.engines.vllm.worker.batch_sampling import SampledRows, sample_rows
+from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import Deferred, HelperThreads
 from stillhouse.teacher_service.engines.vllm.worker.request_plan import SamplingPlan
-from stillhouse.teacher_service.engines.vllm.worker.row_buffer import OutgoingRows, RowBuffer, is_due
-from stillhouse.teacher_service.engines.vllm.worker.sampled_rows import prefix_uniforms, sampled_columns
+from stillhouse.teacher_service.engines.vllm.worker.row_buffer import (
+    Array,
+    OutgoingRows,
+    RowBuffer,
+    is_due,
+    known,
+)
+from stillhouse.teacher_service.engines.vllm.worker.sampled_rows import columns_of, prefix_uniforms
 
 _SHARED_ELEMENTS = 1 << 16
 """Smallest number of logits worth sharing with another thread."""
@@ -30,6 +39,7 @@ def sampler(
     from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
     on_cpu, longest = runner.device.type == "cpu", runner.max_model_len
+    defers = on_cpu and helpers.count > 0
 
     def sample(logits: Tensor | None, spec_decode_metadata: Any) -> Any:
         requests = [runner.requests[name] for name in runner.input_batch.req_ids]
@@ -43,8 +53,11 @@ def sampler(
         unfinished = runner.discard_request_mask.np
         with helpers.sharing() as share:
             for rows in _row_groups(plans, unfinished, logits, helpers.count + 1):
-                chosen = [plans[row] for row in rows], [requests[row] for row in rows]
-                share(partial(_sample_into, step, rows, *chosen, logits))
+                chosen = _Group(
+                    rows=rows, plans=[plans[row] for row in rows], requests=[requests[row] for row in rows]
+                )
+                share(partial(_sample_into, step, chosen, logits, longest, defers=defers))
+        step.defer(logits, helpers)
         released = _released_rows(step, requests, longest) if on_cpu else step.tensors(LogprobsTensors)
         return SamplerOutput(sampled_token_ids=step.tokens, logprobs_tensors=released)
 
@@ -54,22 +67,51 @@ def sampler(
 def _released_rows(step: _Step, requests: list[Any], longest: int) -> OutgoingRows:
     """Rows released with this step, with the buffered rows of their samples; vLLM's own are released at once."""
     tokens, blocks = step.tokens[:, 0].tolist(), {}
-    for rows, *tensors in step.parts:
-        ids, values = (each.numpy() for each in tensors)
+    computed = [(rows, known(ids.numpy(), values.numpy())) for rows, ids, values in step.parts]
+    for rows, columns in computed + [(rows, each.result) for rows, each in step.deferred]:
         for at, row in enumerate(rows):
             request = requests[row]
             if request.stillhouse_plan is None:
                 assert step.ranks is not None
+                ids, values = columns()
                 blocks[row] = ids[at : at + 1], values[at : at + 1], step.ranks[row : row + 1].numpy()
                 continue
             buffer = request.stillhouse_row_buffer = (
                 getattr(request, "stillhouse_row_buffer", None) or RowBuffer()
             )
-            buffer.rows.append((ids, values, at))
-            written, prompt = len(request.output_token_ids), request.num_prompt_tokens
-            if is_due(request.sampling_params, tokens[row], written=written, room=longest - prompt):
+            buffer.rows.append((columns, at))
+            if _is_due(request, tokens[row], longest):
                 blocks[row] = buffer.drain()
     return OutgoingRows(blocks)
+
+
+def _is_due(request: Any, token: int, longest: int) -> bool:
+    written, room = len(request.output_token_ids), longest - request.num_prompt_tokens
+    return is_due(request.sampling_params, token, written=written, room=room)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Group:
+    """Rows of the batch with equal options, with their plans and requests."""
+
+    rows: list[int]
+    plans: list[SamplingPlan]
+    requests: list[Any]
+
+    def prefixes(self) -> list[list[int]]:
+        """Tokens before each row's token, for options with draws; else nothing."""
+        options = self.plans[0].options
+        if options is None or not options.num_sampled_tokens:
+            return []
+        return [[*request.prompt_token_ids, *request.output_token_ids] for request in self.requests]
+
+    def part(self, places: list[int]) -> _Group:
+        """Rows at these places of the group."""
+        return _Group(
+            rows=[self.rows[place] for place in places],
+            plans=[self.plans[place] for place in places],
+            requests=[self.requests[place] for place in places],
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -78,11 +120,31 @@ class _Step:
 
     tokens: Tensor
     parts: list[tuple[list[int], Tensor, Tensor]] = field(default_factory=list)
+    waiting: list[tuple[_Group, SampledRows]] = field(default_factory=list)
+    """Rows whose columns are not computed yet."""
+    deferred: list[tuple[list[int], Deferred[tuple[Array, Array]]]] = field(default_factory=list)
+    """Those of them whose columns a helper computes."""
     ranks: Tensor | None = None
 
-    def add(self, rows: list[int], ids: Tensor, values: Tensor) -> None:
-        self.tokens[rows, 0] = ids[:, 0].int()
-        self.parts.append((rows, ids, values))
+    def defer(self, logits: Tensor, helpers: HelperThreads) -> None:
+        """Leaves the columns of waiting rows to helpers, those of equal options together."""
+        by_options: dict[Any, list[tuple[_Group, SampledRows]]] = {}
+        for group, sampled in sorted(self.waiting, key=lambda each: each[0].rows[0]):
+            plan = group.plans[0]
+            by_options.setdefault((plan.options, plan.num_valid), []).append((group, sampled))
+        for (options, _), waiting in by_options.items():
+            rows = [row for group, _ in waiting for row in group.rows]
+            work = partial(
+                _arrays,
+                _select_rows(logits, rows),
+                SampledRows(
+                    token_ids=torch.cat([sampled.token_ids for _, sampled in waiting]),
+                    logprobs=torch.cat([sampled.logprobs for _, sampled in waiting]),
+                ),
+                options,
+                [prefix for group, _ in waiting for prefix in group.prefixes()],
+            )
+            self.deferred.append((rows, helpers.defer(work)))
 
     def copy(self, rows: list[int], output: Any) -> None:
         """Copies the results of vLLM's sampler for these rows."""
@@ -108,13 +170,38 @@ class _Step:
         return kind(ids, values, ranks)
 
 
-def _sample_into(
-    step: _Step, rows: list[int], plans: list[SamplingPlan], requests: list[Any], logits: Tensor
-) -> None:
-    prefixes = [[*request.prompt_token_ids, *request.output_token_ids] for request in requests]
-    positions = [len(request.output_token_ids) for request in requests]
-    uniforms = prefix_uniforms(prefixes, plans[0].options)
-    step.add(rows, *sampled_columns(_select_rows(logits, rows), plans, positions, uniforms))
+def _sample_into(step: _Step, group: _Group, logits: Tensor, longest: int, *, defers: bool) -> None:
+    """Samples a token for each row of a group, with its columns; with `defers`, with those alone that are released now."""
+    options = group.plans[0].options
+    positions = [len(request.output_token_ids) for request in group.requests]
+    logits_BV = normalisation.as_float32(_select_rows(logits, group.rows))
+    sampled = sample_rows(logits_BV, group.plans, positions)
+    step.tokens[group.rows, 0] = sampled.token_ids.int()
+    if defers and options is not None:
+        tokens = sampled.token_ids.tolist()
+        due: list[int] = []
+        rest: list[int] = []
+        for place, token in enumerate(tokens):
+            (due if _is_due(group.requests[place], token, longest) else rest).append(place)
+        if not due:
+            step.waiting.append((group, sampled))
+            return
+        if rest:
+            step.waiting.append((group.part(rest), _part(sampled, rest)))
+            group, sampled, logits_BV = group.part(due), _part(sampled, due), logits_BV[due]
+    uniforms = prefix_uniforms(group.prefixes(), options)
+    step.parts.append((group.rows, *columns_of(logits_BV, sampled, options, uniforms)))
+
+
+def _part(sampled: SampledRows, places: list[int]) -> SampledRows:
+    return SampledRows(token_ids=sampled.token_ids[places], logprobs=sampled.logprobs[places])
+
+
+def _arrays(
+    logits_BV: Tensor, sampled: SampledRows, options: DistributionOptions, prefixes: list[list[int]]
+) -> tuple[Array, Array]:
+    ids, values = columns_of(logits_BV, sampled, options, prefix_uniforms(prefixes, options))
+    return ids.numpy(), values.numpy()
 
 
 def _row_groups(plans: list[Any], unfinished: Any, logits: Tensor, num_threads: int) -> Iterator[list[int]]:
@@ -136,4 +223,4 @@ def _row_groups(plans: list[Any], unfinished: Any, logits: Tensor, num_threads: 
 
 def _select_rows(logits: Tensor, rows: list[int]) -> Tensor:
     adjacent = rows[-1] - rows[0] + 1 == len(rows)
-    return normalisation.as_float32(logits[rows[0] : rows[-1] + 1] if adjacent else logits[rows])
+    return logits[rows[0] : rows[-1] + 1] if adjacent else logits[rows]

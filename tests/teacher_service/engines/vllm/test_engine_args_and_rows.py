@@ -19,9 +19,11 @@ from stillhouse.teacher_service.engines.vllm import engine_args
 from stillhouse.teacher_service.engines.vllm.engine_args import (
     engine_arguments,
     require_vllm,
+    set_cpu_environment,
     set_environment,
 )
 from stillhouse.teacher_service.engines.vllm.flat_logprobs import to_distributions
+from stillhouse.teacher_service.engines.vllm.worker.request_plan import HELPER_THREADS_VARIABLE
 
 pytest.importorskip("vllm", reason="vllm is not installed")
 
@@ -168,6 +170,24 @@ def test_the_operators_environment_stays(config: TeacherConfig, monkeypatch: pyt
     assert os.environ["VLLM_MSGPACK_ZERO_COPY_THRESHOLD"] == "1"
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "1"
     assert os.environ["OMP_NUM_THREADS"] == "2"
+
+
+def test_waiting_threads_turn_briefly_unless_the_operator_chose(
+    config: TeacherConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    for name in ("OMP_WAIT_POLICY", "VLLM_USE_V2_MODEL_RUNNER", "TORCH_COMPILE_DISABLE"):
+        monkeypatch.setenv(name, "")  # restored after the test, as the next two
+    for name in (HELPER_THREADS_VARIABLE, "VLLM_ENABLE_V1_MULTIPROCESSING"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(engine_args, "num_cores", lambda: 2)
+    for chosen, given, turns in (("1", "", engine_args.SPINS), ("1", "7", "7"), ("4", "", None)):
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+        monkeypatch.setenv("GOMP_SPINCOUNT", given)
+        if not given:
+            monkeypatch.delenv("GOMP_SPINCOUNT")
+        set_cpu_environment(config)
+        assert os.environ.get("GOMP_SPINCOUNT") == turns
 
 
 def draws(seed: int, num_valid: int = 6, **how: float) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stillhouse.teacher_service.distributions import normalisation
 from stillhouse.teacher_service.distributions.to_device import to_device
-from stillhouse.teacher_service.engines.vllm.worker.row_buffer import OutgoingRows, is_due
+from stillhouse.teacher_service.engines.vllm.worker.row_buffer import OutgoingRows, is_due, known
 from stillhouse.teacher_service.engines.vllm.worker.sampled_rows import prefix_uniforms, sampled_columns
 from stillhouse.teacher_service.engines.vllm.worker.second_runner.requests import PlannedRequests, Sample
 from stillhouse.teacher_service.engines.vllm.worker.second_runner.step_copy import StepCopy
@@ -135,10 +135,11 @@ class SampledStep:
             self._copy.wait()
             for _, samples, positions, key in self._groups:
                 ids, values = self._copy.arrays(key)
+                columns = known(ids, values)
                 for at, (sample, position) in enumerate(zip(samples, positions, strict=True)):
                     del sample.tokens[sample.num_prompt_tokens + position :]
                     sample.tokens.append(int(ids[at, 0]))
-                    sample.buffer.rows.append((ids, values, at))
+                    sample.buffer.rows.append((columns, at))
 
     def tolists(self) -> OutgoingRows:
         """Called by vLLM once the step has ended: rows released with it, with the buffered rows of their samples."""

@@ -23,7 +23,7 @@ from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import HelperThr
 from stillhouse.teacher_service.engines.vllm.worker.eager_ranks import count_eagerly
 from stillhouse.teacher_service.engines.vllm.worker.extension import PromptScorer
 from stillhouse.teacher_service.engines.vllm.worker.request_plan import STREAM_INTERVAL_TOKENS
-from stillhouse.teacher_service.engines.vllm.worker.row_buffer import OutgoingRows, RowBuffer, is_due
+from stillhouse.teacher_service.engines.vllm.worker.row_buffer import OutgoingRows, RowBuffer, is_due, known
 
 
 def block(first: int, count: int, width: int = 3) -> tuple[Any, Any]:
@@ -67,7 +67,7 @@ def test_rows_are_emitted_once_and_in_order() -> None:
 
 
 def test_buffered_rows_are_released_in_the_order_of_their_steps() -> None:
-    held = RowBuffer([(*block(10 * step, 3), step % 3) for step in range(5)])
+    held = RowBuffer([(known(*block(10 * step, 3)), step % 3) for step in range(5)])
     ids, values, _ = held.drain()
     assert ids[:, 0].tolist() == values[:, 0].tolist() == [0, 11, 22, 30, 41]
     assert held.rows == []
@@ -109,6 +109,39 @@ def test_helpers_do_all_work_and_raise_its_errors(count: int) -> None:
         assert len(threads) <= count + 1
         with pytest.raises(ValueError, match="forty"), helpers.sharing() as share:
             share(partial(work, 40))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_deferred_results_come_from_any_thread_and_are_few_at_once(count: int) -> None:
+    helpers, held, begun = HelperThreads(count), threading.Event(), threading.Event()
+
+    def first() -> int:
+        begun.set()
+        assert held.wait(10)
+        return -1
+
+    def work(number: int) -> int:
+        assert torch.is_inference_mode_enabled()
+        if number == 20:
+            raise ValueError("twenty")
+        return number
+
+    with torch.inference_mode():
+        if not count:
+            held.set()
+        slow = helpers.defer(first)
+        if count:
+            assert begun.wait(10), "a helper begins before anybody needs the result"
+        # This thread does what no helper has begun; the third waits for the first.
+        threading.Timer(0.1, held.set).start()
+        results = [helpers.defer(partial(work, number)) for number in range(20)]
+        assert held.is_set()
+        assert slow.result() == -1
+        assert [each.result() for each in results] == [each.result() for each in results] == [*range(20)]
+        wrong = helpers.defer(partial(work, 20))
+        for _ in range(2):
+            with pytest.raises(ValueError, match="twenty"):
+                wrong.result()
 
 
 def test_ranks_are_counted_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
