@@ -66,7 +66,7 @@ class TeacherConfig:
         "Longest sequence.  [default: the model's]", None, between=(2, 1 << 24)
     )
     max_top_k: int = setting("Largest top_k of a request, at most 256.", 256, between=(1, 256))
-    max_query_tokens: int = setting("Most query_token_ids per position.", 256, between=(1, 4096))
+    max_query_tokens: int = setting("Most query_token_ids per position.", 1024, between=(1, 4096))
     max_inflight_sequences: int = setting(
         "Unanswered sequences per Score call, and concurrent samples per Generate call.",
         64,

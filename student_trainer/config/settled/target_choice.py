@@ -43,6 +43,8 @@ CROWDING = 0.8
 """Bits of the sorted ids that texts draw at temperature 1 over those of ids that are spread evenly: frequent ids are small and near
 each other. At higher temperatures they are spread nearly evenly."""
 LARGE_VOCABULARY = 151_936
+MOST_QUERIED_IDS = 7 << 20
+"""Ids that a text's positions may query together, which one message and one tensor must hold (32 MiB, 8 Mi elements)."""
 _ID_BITS, _LOGPROB_BITS = 18, 16
 """Bits of an id of a vocabulary of 151,936, and of a log-probability."""
 
@@ -78,9 +80,13 @@ class TargetChoice:
         )
 
     @classmethod
-    def own_draws(cls, loss: LossConfig, why: str, *, max_query_tokens: int) -> TargetChoice | None:
-        """The top-k of both sides, and draws of the student, as many as the teacher may be queried for; None if those are few."""
-        room = min(OWN_DRAWS, max_query_tokens - loss.least_top_k)
+    def own_draws(
+        cls, loss: LossConfig, why: str, *, max_query_tokens: int, max_new_tokens: int
+    ) -> TargetChoice | None:
+        """The top-k of both sides, and draws of the student, as many as the teacher may be queried for; None if those are few.
+        The longest text has `max_new_tokens`."""
+        queried = min(max_query_tokens, MOST_QUERIED_IDS // max_new_tokens)
+        room = min(OWN_DRAWS, queried - loss.least_top_k)
         if room < min(OWN_DRAWS, LEAST_SAMPLES):
             return None
         return cls(

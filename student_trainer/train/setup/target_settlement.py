@@ -105,7 +105,7 @@ def _choose(
 ) -> TargetChoice:
     """The target of a loss that draws would suit."""
     if suits_own_draws(config, loss) and teachers is not None:
-        return _choose_own_draws(loss, teachers)
+        return _choose_own_draws(config, loss, teachers)
     stored = None if cache is None else _stored_choice(config, loss, cache, teachers)
     if stored is not None:
         return stored
@@ -139,17 +139,24 @@ def _choose(
     return TargetChoice.bucket(loss, why, max_top_k=max_top_k)
 
 
-def _choose_own_draws(loss: LossConfig, teachers: OnlineTeachers) -> TargetChoice:
+def _choose_own_draws(config: RunConfig, loss: LossConfig, teachers: OnlineTeachers) -> TargetChoice:
     """The target of reverse KL on the student's own texts."""
     infos = [each.info for each in teachers.members.values()]
     choice = TargetChoice.own_draws(
         loss,
         "the student draws from its own tail, and reverse_kl at temperature 1 has an unbiased estimate from that",
         max_query_tokens=teachers.max_query_tokens,
+        max_new_tokens=max(
+            context.student.generation.max_new_tokens
+            for context in config.contexts
+            if context.student is not None and config.loss_of(context) == loss
+        ),
     )
     if choice is not None and all(CAPABILITY_QUERY_LOGPROBS in each.capabilities for each in infos):
         return choice
-    why = f"a teacher takes {teachers.max_query_tokens} queried ids a position, too few for draws of the student"
+    why = (
+        f"a teacher takes {teachers.max_query_tokens} queried ids a position, or texts are too long, for enough draws of the student"
+    )
     return TargetChoice.bucket(loss, why, max_top_k=min(each.max_top_k for each in infos))
 
 

@@ -152,19 +152,23 @@ def test_reverse_kl_waits_for_the_teacher_where_the_student_draws(
 
 
 @pytest.mark.parametrize(
-    ("loss", "room", "expected"),
+    ("loss", "room", "longest", "expected"),
     [
-        (LossConfig(), 256, (16, 192)),
-        (LossConfig(), 70, (16, 54)),
-        (LossConfig(top_k=32), 256, (32, 192)),
-        (LossConfig(num_samples=9), 256, (16, 9)),
-        (LossConfig(), 40, None),
+        (LossConfig(), 1024, 512, (16, 512)),
+        (LossConfig(), 256, 512, (16, 240)),
+        (LossConfig(), 70, 512, (16, 54)),
+        (LossConfig(top_k=32), 1024, 512, (32, 512)),
+        (LossConfig(num_samples=9), 256, 512, (16, 9)),
+        (LossConfig(), 40, 512, None),
+        (LossConfig(), 1024, 13_900, (16, 512)),
+        (LossConfig(), 1024, 32_768, (16, 208)),
+        (LossConfig(), 1024, 1_000_000, None),
     ],
 )
 def test_the_student_draws_as_much_as_the_teacher_may_be_queried_for(
-    loss: LossConfig, room: int, expected: tuple[int, int] | None
+    loss: LossConfig, room: int, longest: int, expected: tuple[int, int] | None
 ) -> None:
-    choice = TargetChoice.own_draws(loss, "why", max_query_tokens=room)
+    choice = TargetChoice.own_draws(loss, "why", max_query_tokens=room, max_new_tokens=longest)
     assert (choice and (choice.top_k, choice.num_samples)) == expected
 
 

@@ -277,7 +277,7 @@ async def test_adapters_never_share_the_prefix_cache(worker_engine: VllmEngine, 
 async def test_the_engine_reports_its_tier_and_capabilities(worker_engine: VllmEngine) -> None:
     assert worker_engine.info.engine.endswith("(tier worker)")
     assert worker_engine._tier.reuse
-    assert worker_engine.info.max_query_tokens == 256
+    assert worker_engine.info.max_query_tokens == 1024
     assert {
         teacher_pb2.CAPABILITY_PREFIX_REUSE,
         teacher_pb2.CAPABILITY_LOG_PARTITIONS,
