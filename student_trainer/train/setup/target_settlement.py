@@ -154,9 +154,7 @@ def _choose_own_draws(config: RunConfig, loss: LossConfig, teachers: OnlineTeach
     )
     if choice is not None and all(CAPABILITY_QUERY_LOGPROBS in each.capabilities for each in infos):
         return choice
-    why = (
-        f"a teacher takes {teachers.max_query_tokens} queried ids a position, or texts are too long, for enough draws of the student"
-    )
+    why = f"a teacher takes {teachers.max_query_tokens} queried ids a position, or texts are too long, for enough draws of the student"
     return TargetChoice.bucket(loss, why, max_top_k=min(each.max_top_k for each in infos))
 
 

@@ -170,9 +170,12 @@ def test_divergences_of_both_sides_take_the_teachers_draws_on_the_students_texts
 def test_more_draws_than_a_teacher_may_be_queried_for_are_refused_before_the_first_step(
     run: Run, spec: Any
 ) -> None:
-    run_dir = run(spec(student_context({**REVERSE_KL, "num_samples": 250})), code=EXIT_FAILED)
-    assert failure(run_dir).startswith("loss.num_samples is 250: with 16 likeliest tokens")
-    assert "Set it to at most 240" in failure(run_dir)
+    run_dir = run(
+        spec(student_context({**REVERSE_KL, "sparse_target": "student_tail", "num_samples": 1020})),
+        code=EXIT_FAILED,
+    )
+    assert failure(run_dir).startswith("loss.num_samples is 1020: with 16 likeliest tokens")
+    assert "Set it to at most 1008" in failure(run_dir)
     assert not metric(run_dir, "train/loss")
 
 
