@@ -32,7 +32,7 @@ from stillhouse.protos.tensors.distributions import Distributions, decode, decod
 from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.train.rollouts.local_sampler import SampledText
-from stillhouse.student_trainer.train.rollouts.service_adapters import ServiceAdapters
+from stillhouse.student_trainer.train.rollouts.service_adapters import OnCancel, ServiceAdapters
 from stillhouse.student_trainer.train.teacher.endpoints import Endpoint
 
 log = structlog.get_logger()
@@ -96,16 +96,17 @@ class RemoteSampler(Endpoint):
         self,
         prompts: Sequence[RolloutQuery],
         generation: RolloutConfig,
-        on_cancel: Callable[[Callable[[], object]], None],
+        on_cancel: OnCancel,
     ) -> Generator[tuple[int, list[SampledText]]]:
         """Yields the place of each prompt and its up to `samples_per_prompt` texts, once all of these are written.
 
         Texts that hold a token unknown to the teacher are left out. All prompts have the same adapter. `on_cancel` gets the
-        function that cancels the call. Raises StillhouseError.
+        function that cancels the call under way. Raises StillhouseError.
         """
         with self.errors():
             stub = self.stub()
-            with self._adapters.use(stub, prompts[0].adapter, prompts[0].version) as (name, fingerprint):
+            use = self._adapters.use(stub, prompts[0].adapter, prompts[0].version, on_cancel)
+            with use as (name, fingerprint):
                 stream = stub.Generate(self._request(prompts, generation, name))
                 on_cancel(stream.cancel)
                 try:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar, cast
 
 import grpc
 import structlog
@@ -28,6 +29,10 @@ from stillhouse.student_trainer.train.teacher.endpoints import INFO_TIMEOUT_S
 
 log = structlog.get_logger()
 
+Response = TypeVar("Response")
+
+OnCancel = Callable[[Callable[[], object]], None]
+"""Gets the function that ends the call under way."""
 LOAD_TIMEOUT_S = 600.0
 _UNREADABLE = frozenset({Reason.PATH_NOT_ALLOWED, Reason.ADAPTER_INVALID})
 """Reasons of a service that cannot, or may not, read a path of this machine."""
@@ -48,13 +53,16 @@ class ServiceAdapters:
         self._reads_our_files = is_loopback(target)
 
     @contextmanager
-    def use(self, stub: TeacherServiceStub, files: Path, version: int) -> Iterator[tuple[str, str]]:
+    def use(
+        self, stub: TeacherServiceStub, files: Path, version: int, on_cancel: OnCancel
+    ) -> Iterator[tuple[str, str]]:
         """Keeps an adapter loaded inside the block; yields its name and fingerprint.
 
-        Raises StillhouseError, or grpc.RpcError.
+        `on_cancel` gets the function that ends the call which loads it: other users of this object wait for it. Raises
+        StillhouseError, or grpc.RpcError.
         """
         with self._changed:
-            name, fingerprint = self._load(stub, files, version)
+            name, fingerprint = self._load(stub, files, version, on_cancel)
             self._users[name] += 1
             self._newest = name
         try:
@@ -78,7 +86,9 @@ class ServiceAdapters:
             if each.name.startswith(f"{self._run_name}/"):
                 self._unload(stub, each.name)
 
-    def _load(self, stub: TeacherServiceStub, files: Path, version: int) -> tuple[str, str]:
+    def _load(
+        self, stub: TeacherServiceStub, files: Path, version: int, on_cancel: OnCancel
+    ) -> tuple[str, str]:
         """Loads an adapter; returns its name and fingerprint.
 
         A service on this machine reads the files where they are, unless it may not; any other one gets them sent.
@@ -86,24 +96,24 @@ class ServiceAdapters:
         if self._reads_our_files:
             name = f"{self._run_name}/{version}-{content_digest(files)[:12]}"
             try:
-                return name, self._load_path(stub, name, str(files))
+                return name, self._load_path(stub, name, str(files), on_cancel)
             except grpc.RpcError as error:
                 said = from_rpc_error(error, target=self._target, service="teacher")
                 if said.reason not in _UNREADABLE:
                     raise
                 self._reads_our_files = False
                 log.info("adapters are sent to the rollout service", target=self._target, why=said.message)
-        stored = stub.UploadAdapter(upload_requests(files), timeout=LOAD_TIMEOUT_S)
+        stored = _result(stub.UploadAdapter.future(upload_requests(files), timeout=LOAD_TIMEOUT_S), on_cancel)
         name = f"{self._run_name}/{version}-{stored.fingerprint[:12]}"
-        self._load_path(stub, name, stored.path)
+        self._load_path(stub, name, stored.path, on_cancel)
         return name, stored.fingerprint
 
-    def _load_path(self, stub: TeacherServiceStub, name: str, path: str) -> str:
+    def _load_path(self, stub: TeacherServiceStub, name: str, path: str, on_cancel: OnCancel) -> str:
         """Loads the files at `path` of the service; returns their fingerprint."""
         request = LoadAdapterRequest(adapter=name, path=path)
         while True:
             try:
-                loaded = stub.LoadAdapter(request, timeout=LOAD_TIMEOUT_S)
+                loaded = _result(stub.LoadAdapter.future(request, timeout=LOAD_TIMEOUT_S), on_cancel)
                 break
             except grpc.RpcError as error:
                 said = from_rpc_error(error, target=self._target, service="teacher")
@@ -121,3 +131,12 @@ class ServiceAdapters:
             stub.UnloadAdapter(UnloadAdapterRequest(adapter=name), timeout=INFO_TIMEOUT_S)
         except grpc.RpcError as error:  # a service that was restarted has forgotten it
             log.warning("an adapter was not unloaded", adapter=name, why=str(error.code()))
+
+
+def _result(call: grpc.Future[Response], on_cancel: OnCancel) -> Response:
+    """The response of a call that `on_cancel` can end. Raises grpc.RpcError, of an ended call too."""
+    on_cancel(call.cancel)
+    try:
+        return call.result()
+    except grpc.FutureCancelledError:
+        raise cast("grpc.RpcError", call) from None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import queue
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +36,10 @@ def writer(models: Models, directory: Path, *, slots: int) -> Iterator[Program]:
         yield program
 
 
+def unheard(cancel: Callable[[], object]) -> None:
+    """Nobody ends the call."""
+
+
 def loaded(stub: TeacherServiceStub) -> list[str]:
     return sorted(each.name[:5] for each in stub.GetTeacherInfo(GetTeacherInfoRequest()).adapters)
 
@@ -43,14 +49,14 @@ def test_the_next_version_is_loaded_beside_the_one_that_is_written_with(
 ) -> None:
     with writer(models, tmp_path, slots=2) as program, grpc.insecure_channel(program.target) as channel:
         stub, adapters = TeacherServiceStub(channel), ServiceAdapters(program.target, "run")
-        with adapters.use(stub, models.adapter_a, 0) as (first, _):
-            with adapters.use(stub, models.adapter_b, 1) as (second, _):
+        with adapters.use(stub, models.adapter_a, 0, unheard) as (first, _):
+            with adapters.use(stub, models.adapter_b, 1, unheard) as (second, _):
                 assert first.startswith("run/0-")
                 assert second.startswith("run/1-")
                 assert loaded(stub) == ["run/0", "run/1"]
             assert loaded(stub) == ["run/0", "run/1"], "the newest one stays for the next call"
         assert loaded(stub) == ["run/1"]
-        with adapters.use(stub, models.adapter_a, 2):
+        with adapters.use(stub, models.adapter_a, 2, unheard):
             adapters.unload_unused(lambda: stub)
             assert loaded(stub) == ["run/2"]
         adapters.unload_unused(lambda: stub)
@@ -65,11 +71,11 @@ def test_a_service_with_one_slot_takes_the_next_version_once_the_one_before_is_n
         seen: list[list[str]] = []
 
         def write_next() -> None:
-            with adapters.use(stub, models.adapter_b, 1):
+            with adapters.use(stub, models.adapter_b, 1, unheard):
                 seen.append(loaded(stub))
 
         following = threading.Thread(target=write_next, daemon=True)
-        with adapters.use(stub, models.adapter_a, 0):
+        with adapters.use(stub, models.adapter_a, 0, unheard):
             following.start()
             following.join(0.5)
             assert following.is_alive()
@@ -127,10 +133,37 @@ def test_texts_come_as_soon_as_they_end(models: Models, tmp_path: Path) -> None:
 def test_a_call_that_is_given_up_frees_its_adapter(models: Models, tmp_path: Path, *, taken: bool) -> None:
     with writer(models, tmp_path, slots=1) as program, grpc.insecure_channel(program.target) as channel:
         stub, adapters = TeacherServiceStub(channel), ServiceAdapters(program.target, "run")
-        with pytest.raises(ValueError, match="given up"), adapters.use(stub, models.adapter_a, 0):
+        with pytest.raises(ValueError, match="given up"), adapters.use(stub, models.adapter_a, 0, unheard):
             raise ValueError("given up")
         if taken:
-            with adapters.use(stub, models.adapter_b, 1):
+            with adapters.use(stub, models.adapter_b, 1, unheard):
                 assert loaded(stub) == ["run/1"]
         adapters.unload_unused(lambda: stub)
         assert loaded(stub) == []
+
+
+def test_a_load_that_hangs_ends_when_its_call_is_given_up(models: Models, tmp_path: Path) -> None:
+    with writer(models, tmp_path, slots=1) as program, grpc.insecure_channel(program.target) as channel:
+        stub, adapters = TeacherServiceStub(channel), ServiceAdapters(program.target, "run")
+        assert loaded(stub) == []
+        cancels: queue.Queue[Callable[[], object]] = queue.Queue()
+        codes: list[grpc.StatusCode] = []
+
+        def load() -> None:
+            with pytest.raises(grpc.RpcError) as caught, adapters.use(stub, models.adapter_a, 0, cancels.put):
+                pass
+            codes.append(caught.value.code())
+
+        program.process.send_signal(signal.SIGSTOP)
+        try:
+            loading = threading.Thread(target=load, daemon=True)
+            loading.start()
+            cancel = cancels.get(timeout=30)
+            loading.join(0.5)
+            assert loading.is_alive(), "the service does not answer"
+            cancel()
+            loading.join(30)
+            assert codes == [grpc.StatusCode.CANCELLED]
+            adapters.unload_unused(lambda: stub)  # waits for nothing, as nothing was loaded
+        finally:
+            program.process.send_signal(signal.SIGCONT)
