@@ -77,9 +77,12 @@ def test_a_prompt_is_tried_on_a_teacher(open_tab: OpenTab, site: Site) -> None:
     page.get_by_label("Prompt, or a text to score").fill("Number seven: ")
     page.get_by_label("New tokens, at most").fill("12")
     page.get_by_role("button", name="Generate").click()
-    expect(page.locator("#outcome")).to_contain_text("12 tokens after a prompt of")
-    expect(page.locator("#rows .piece")).to_have_count(12)
-    page.locator("#rows .piece").nth(2).click()
+    outcome = page.locator("#outcome")
+    expect(outcome).to_contain_text("tokens after a prompt of")
+    written = int(outcome.inner_text().split()[0])  # a text may end by itself
+    assert 1 <= written <= 12
+    expect(page.locator("#rows .piece")).to_have_count(written)
+    page.locator("#rows .piece").nth(0).click()
     expect(page.locator("#panel td.own")).to_have_count(11)
     expect(page.locator("#teachers")).to_contain_text("stillhouse-web")
     tab.check_looks()
