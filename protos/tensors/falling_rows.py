@@ -9,12 +9,10 @@ Content and Address of Static Files (1974), codes ascending integers by such a b
 
 from __future__ import annotations
 
-import sys
-from functools import lru_cache
-from types import ModuleType
-
 import numpy as np
 from numpy.typing import NDArray
+
+from stillhouse.protos.tensors.compiled_module import compiled_module
 
 MIN_BITS, MAX_BITS = 2, 12
 BOUND_BYTES = 4
@@ -55,7 +53,7 @@ def pack_falling(rows: _Float32, bits: int) -> bytes | None:
         return None
     bounds = np.empty((num_rows, 2), "<f2")
     bitmaps = np.zeros((num_rows, bitmap_bytes(num_columns, bits)), np.uint8)
-    compiled = _compiled()
+    compiled = compiled_module("falling_rows_numba")
     for begin in range(0, num_rows, step := _block_rows(num_columns, bits)):
         block = slice(begin, begin + step)
         top = rows[block, :1]
@@ -90,7 +88,7 @@ def unpack_falling(data: bytes, num_rows: int, num_columns: int, bits: int) -> _
         raise ValueError("has a bound that is not finite, a range below 0, or numbers below those of FLOAT16")
     bitmaps = np.frombuffer(data, np.uint8, offset=behind).reshape(num_rows, size)
     numbers = np.empty((num_rows, num_columns), np.float32)
-    compiled = _compiled()
+    compiled = compiled_module("falling_rows_numba")
     read = _read_levels if compiled is None else compiled.read_levels
     if not read(bitmaps, np.concatenate([highest, _curve(ranges, bits)], axis=1), bits, numbers):
         raise ValueError(
@@ -107,18 +105,6 @@ def prepare() -> None:
     """Loads the compiled loops, or compiles them: up to some seconds in a process that does so first, else nothing."""
     one = np.array([[-1, -2]], np.float32)
     unpack_falling(pack_falling(one, MIN_BITS) or b"", 1, 2, MIN_BITS)
-
-
-@lru_cache(maxsize=1)
-def _compiled() -> ModuleType | None:
-    """The compiled loops; None where numba is not installed, as beside a client alone, or bytes have another order."""
-    if sys.byteorder != "little":
-        return None
-    try:
-        from stillhouse.protos.tensors import falling_rows_numba
-    except ImportError:
-        return None
-    return falling_rows_numba
 
 
 def _block_rows(num_columns: int, bits: int) -> int:

@@ -11,7 +11,6 @@ Compression (2000).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
@@ -19,6 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from stillhouse.protos.tensors.compiled_module import compiled_module
 
 MAX_BITS = 31
 COMPILED_BITS = 11
@@ -68,7 +69,7 @@ def unpack_sorted(data: bytes, num_rows: int, num_columns: int, bits: int) -> ND
     stream = _Stream(data)
     out = np.empty((num_rows, num_columns), np.int32)
     size = block_rows(num_columns)
-    compiled = _compiled() if bits >= COMPILED_BITS else None
+    compiled = compiled_module("sorted_rows_numba") if bits >= COMPILED_BITS else None
     for begin in range(0, num_rows, size):
         block = out[begin : begin + size]
         if compiled is None or not block.size:
@@ -84,18 +85,6 @@ def unpack_sorted(data: bytes, num_rows: int, num_columns: int, bits: int) -> ND
 def prepare() -> None:
     """Loads the compiled loop of `unpack_sorted`, or compiles it: up to some seconds in a process that does so first."""
     unpack_sorted(pack_sorted(np.zeros((1, 1), np.int32), COMPILED_BITS), 1, 1, COMPILED_BITS)
-
-
-@lru_cache(maxsize=1)
-def _compiled() -> ModuleType | None:
-    """The compiled loop; None where numba is not installed, as beside a client alone, or bytes have another order."""
-    if sys.byteorder != "little":
-        return None
-    try:
-        from stillhouse.protos.tensors import sorted_rows_numba
-    except ImportError:
-        return None
-    return sorted_rows_numba
 
 
 class Level(NamedTuple):

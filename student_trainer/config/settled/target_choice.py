@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+from stillhouse.protos.tensors.layout import MAX_ELEMENTS
 from stillhouse.student_trainer.config.rules.contexts import is_ensemble, run_losses
 from stillhouse.student_trainer.config.rules.loss import (
     DIVERGENCES,
@@ -22,6 +23,7 @@ from stillhouse.student_trainer.config.rules.loss import (
 from stillhouse.student_trainer.config.schema import (
     BUCKET_TOP_K,
     OWN_DRAWS,
+    ContextConfig,
     LossConfig,
     RunConfig,
 )
@@ -43,8 +45,8 @@ CROWDING = 0.8
 """Bits of the sorted ids that texts draw at temperature 1 over those of ids that are spread evenly: frequent ids are small and near
 each other. At higher temperatures they are spread nearly evenly."""
 LARGE_VOCABULARY = 151_936
-MOST_QUERIED_IDS = 7 << 20
-"""Ids that a text's positions may query together, which one message and one tensor must hold (32 MiB, 8 Mi elements)."""
+MOST_QUERIED_IDS = MAX_ELEMENTS // 8 * 7
+"""Ids that a text's positions may query together: a tensor holds them, and leaves room in its message."""
 _ID_BITS, _LOGPROB_BITS = 18, 16
 """Bits of an id of a vocabulary of 151,936, and of a log-probability."""
 
@@ -195,10 +197,15 @@ def why_no_draws(config: RunConfig, loss: LossConfig) -> str:
     return ""
 
 
+def contexts_of(config: RunConfig, loss: LossConfig) -> list[ContextConfig]:
+    """The contexts that train with `loss`."""
+    return [context for context in config.contexts if config.loss_of(context) == loss]
+
+
 def suits_own_draws(config: RunConfig, loss: LossConfig) -> bool:
     """True if draws of the student give an unbiased estimate: for reverse KL at temperature 1 on nothing but the student's texts."""
     full = [term for term in loss.terms if term.weight > 0 and term.estimator == "full"]
-    own = [context for context in config.contexts if config.loss_of(context) == loss]
+    own = contexts_of(config, loss)
     return (
         bool(full)
         and all(term.divergence == "reverse_kl" for term in full)

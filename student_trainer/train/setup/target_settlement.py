@@ -29,6 +29,7 @@ from stillhouse.student_trainer.config.rules.loss import (
 from stillhouse.student_trainer.config.schema import LossConfig, RunConfig
 from stillhouse.student_trainer.config.settled.target_choice import (
     TargetChoice,
+    contexts_of,
     has_few_draws,
     settle,
     settle_config,
@@ -148,8 +149,8 @@ def _choose_own_draws(config: RunConfig, loss: LossConfig, teachers: OnlineTeach
         max_query_tokens=teachers.max_query_tokens,
         max_new_tokens=max(
             context.student.generation.max_new_tokens
-            for context in config.contexts
-            if context.student is not None and config.loss_of(context) == loss
+            for context in contexts_of(config, loss)
+            if context.student is not None
         ),
     )
     if choice is not None and all(CAPABILITY_QUERY_LOGPROBS in each.capabilities for each in infos):

@@ -8,6 +8,7 @@ import torch
 
 from stillhouse.student_trainer.config.schema import RunConfig, StudentConfig
 from stillhouse.student_trainer.train.optim import make_optimizer
+from stillhouse.student_trainer.train.rollouts.local_sampler import LocalSampler
 from stillhouse.student_trainer.train.step import Stepper
 from stillhouse.student_trainer.train.student.device import make_accelerator
 from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
@@ -30,4 +31,17 @@ def make_stepper(config: RunConfig, student: Student, *, total_steps: int) -> St
         config,
         total_steps=total_steps,
         vocab_size=len(student.tokenizer),
+    )
+
+
+def make_sampler(folder: Path, *, num_likeliest: int, num_draws: int = 0) -> LocalSampler:
+    """The sampler of a fresh student of the model in `folder`."""
+    student = load_student(StudentConfig(model=str(folder)), folder)
+    return LocalSampler(
+        student,
+        device=CPU,
+        autocast=torch.no_grad,
+        vocab_size=len(student.tokenizer),
+        num_likeliest=num_likeliest,
+        num_draws=num_draws,
     )

@@ -16,7 +16,7 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.student_trainer.config.proto import from_proto
-from stillhouse.student_trainer.config.schema import RolloutConfig, StudentConfig, StudentContextConfig
+from stillhouse.student_trainer.config.schema import RolloutConfig, StudentContextConfig
 from stillhouse.student_trainer.train.batching.supports import TAIL_FLOOR, mix, with_query
 from stillhouse.student_trainer.train.batching.target_forms import target_rows
 from stillhouse.student_trainer.train.contexts.source import FeedSettings
@@ -33,7 +33,7 @@ from stillhouse.student_trainer.train.teacher.teacher import Demands
 from stillhouse.student_trainer.train.teacher.tokenizer_compat import compare
 from tests.conftest import Models
 from tests.student_trainer.train.runs import make_run, spec_of
-from tests.student_trainer.train.students import CPU, load_student
+from tests.student_trainer.train.students import CPU, make_sampler
 from tests.support.programs import Program
 
 T, V = 6, 40
@@ -167,14 +167,7 @@ def test_a_tokenizer_that_is_none_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def sampler(models: Models) -> LocalSampler:
-    student = load_student(StudentConfig(model=str(models.student)), models.student)
-    return LocalSampler(
-        student,
-        device=CPU,
-        autocast=torch.no_grad,
-        vocab_size=len(student.tokenizer),
-        num_likeliest=4,
-    )
+    return make_sampler(models.student, num_likeliest=4)
 
 
 def test_a_rollout_records_what_it_was_drawn_from(sampler: LocalSampler) -> None:

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.student_trainer.config.proto import from_proto
-from stillhouse.student_trainer.config.schema import RolloutConfig, StudentConfig, StudentContextConfig
+from stillhouse.student_trainer.config.schema import RolloutConfig, StudentContextConfig
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.contexts.source import MAX_SKIPPED_ANYWAY, FeedSettings
 from stillhouse.student_trainer.train.contexts.student_feed import StudentFeed
@@ -31,7 +30,7 @@ from stillhouse.student_trainer.train.teacher.target_requests import training_re
 from stillhouse.student_trainer.train.teacher.teacher import Demands
 from tests.conftest import Models
 from tests.student_trainer.train.runs import make_run, spec_of
-from tests.student_trainer.train.students import CPU, load_student
+from tests.student_trainer.train.students import make_sampler
 from tests.support.programs import Program
 
 PART, LIKELIEST, DRAWS = 3, 4, 12
@@ -52,15 +51,7 @@ def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def sampler(models: Models) -> LocalSampler:
-    student = load_student(StudentConfig(model=str(models.student)), models.student)
-    return LocalSampler(
-        student,
-        device=CPU,
-        autocast=torch.no_grad,
-        vocab_size=len(student.tokenizer),
-        num_likeliest=LIKELIEST,
-        num_draws=DRAWS,
-    )
+    return make_sampler(models.student, num_likeliest=LIKELIEST, num_draws=DRAWS)
 
 
 def test_a_part_is_the_beginning_of_its_text(sampler: LocalSampler) -> None:

@@ -21,7 +21,7 @@ LOSS = LossConfig(terms=(LossTermConfig(divergence="reverse_kl"),), sparse_targe
 
 @pytest.fixture
 def logits() -> tuple[Tensor, Tensor, Tensor]:
-    """Of the teacher, of the student, and of an earlier student that drew, [V]."""
+    """Logits [V] of the teacher, of the student, and of an earlier student that drew."""
     generator = torch.Generator().manual_seed(5)
     teacher, student, change = torch.randn(3, V, generator=generator, dtype=torch.float64) * 2
     return teacher, student, student + change / 8

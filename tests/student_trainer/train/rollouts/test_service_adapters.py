@@ -37,7 +37,7 @@ def writer(models: Models, directory: Path, *, slots: int) -> Iterator[Program]:
 
 
 def unheard(cancel: Callable[[], object]) -> None:
-    """Nobody ends the call."""
+    """Ends no call."""
 
 
 def loaded(stub: TeacherServiceStub) -> list[str]:
