@@ -142,6 +142,8 @@ class GenerateInput:
     """The conversation that `token_ids` render, for engines that send messages; None for other prompts."""
     single_chunk: bool = False
     """The caller does not stream: the engine may return the sample as one chunk."""
+    chunk_tokens: int = 0
+    """Tokens that the caller waits for before it uses a chunk; the engine may make its chunks so long. 0 is any number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

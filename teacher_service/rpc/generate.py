@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -175,7 +175,8 @@ class GenerateSession:
             seed=seed_of(sampling, prompt.token_ids, key[1]),
             options=self._options,
             turns=prompt.turns,
-            single_chunk=self._request.whole_samples and not sampling.stop,
+            single_chunk=self._request.whole_samples and not sampling.stop and not self._request.part_tokens,
+            chunk_tokens=self._request.part_tokens if self._request.whole_samples else 0,
         )
         decoder = self._serving.codec.stream_decoder(sampling.stop, prompt.token_ids.tolist())
         pending = sample_chunks.PendingChunks()
@@ -199,11 +200,18 @@ class GenerateSession:
                     )
                     first = False
                     withheld.append(one)
-                    if finish or not self._request.whole_samples:
+                    if finish or self._is_part(withheld):
                         self._enqueue_cut(next(_merged(withheld)))
                         withheld.clear()
                 if finish:
                     return
+
+    def _is_part(self, withheld: Sequence[_SampleUpdate]) -> bool:
+        """True if the caller wants these updates of an unfinished sample."""
+        if not self._request.whole_samples:
+            return True
+        held = sum(len(each.chunk.token_ids) for each in withheld if each.chunk is not None)
+        return 0 < self._request.part_tokens <= held
 
     def _num_new(self, prompt: _Prompt) -> int:
         room = self._serving.info.max_sequence_tokens - len(prompt.token_ids)

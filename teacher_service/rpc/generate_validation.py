@@ -42,6 +42,10 @@ def check_call(request: teacher_pb2.GenerateRequest, serving: ServiceState) -> N
         raise invalid_request(
             f"num_samples is {request.num_samples}. Give a number in [1, {MAX_SAMPLES_PER_PROMPT}], or 0 for 1."
         )
+    if request.part_tokens < 0:
+        raise invalid_request(
+            f"part_tokens is {request.part_tokens}. Give a number of at least 1, or 0 for one piece."
+        )
     check_sampling(request.sampling, teacher_pb2.SamplingParams())
     for prompt in request.prompts:
         check_samples(prompt, request.num_samples)

@@ -177,6 +177,7 @@ def _generate(rng: random.Random, known: Known) -> list[Any]:
             num_samples=rng.randrange(3),
             distributions=_config(rng) if rng.random() < 0.5 else None,
             whole_samples=rng.random() < 0.5,
+            part_tokens=rng.choice((0, 1, 2, -1)),
             prompt_token_ids=rng.random() < 0.5,
         )
     ]

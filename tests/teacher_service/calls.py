@@ -94,6 +94,7 @@ class Teacher:
         num_samples: int = 1,
         config: Any = None,
         whole_samples: bool = False,
+        part_tokens: int = 0,
         prompt_token_ids: bool = False,
         **sampling: Any,
     ) -> dict[tuple[int, int], Sample]:
@@ -104,6 +105,7 @@ class Teacher:
             sampling=teacher_pb2.SamplingParams(**sampling),
             distributions=config,
             whole_samples=whole_samples,
+            part_tokens=part_tokens,
             prompt_token_ids=prompt_token_ids,
         )
         samples: dict[tuple[int, int], Sample] = {}

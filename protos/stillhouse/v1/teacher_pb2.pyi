@@ -520,12 +520,15 @@ class GenerateRequest(_message.Message):
     DISTRIBUTIONS_FIELD_NUMBER: _builtins.int
     WHOLE_SAMPLES_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PART_TOKENS_FIELD_NUMBER: _builtins.int
     num_samples: _builtins.int
     """Samples per prompt. 0 means 1."""
     whole_samples: _builtins.bool
     """Send a sample in one piece, once it is finished: fewer messages than a stream."""
     prompt_token_ids: _builtins.bool
     """Report the token ids of each prompt."""
+    part_tokens: _builtins.int
+    """With whole_samples: send what there is of an unfinished sample, too, about every so many tokens. 0 sends it in one piece."""
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prompt]:
         """Required. At most 1024."""
@@ -547,10 +550,11 @@ class GenerateRequest(_message.Message):
         distributions: Global___DistributionConfig | None = ...,
         whole_samples: _builtins.bool = ...,
         prompt_token_ids: _builtins.bool = ...,
+        part_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["distributions", b"distributions", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["distributions", b"distributions", "num_samples", b"num_samples", "prompt_token_ids", b"prompt_token_ids", "prompts", b"prompts", "sampling", b"sampling", "whole_samples", b"whole_samples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["distributions", b"distributions", "num_samples", b"num_samples", "part_tokens", b"part_tokens", "prompt_token_ids", b"prompt_token_ids", "prompts", b"prompts", "sampling", b"sampling", "whole_samples", b"whole_samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

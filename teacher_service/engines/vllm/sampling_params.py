@@ -87,7 +87,8 @@ class SamplingParamsBuilder:
             at_end=item.single_chunk,
             max_tokens=min(item.max_new_tokens, self._info.max_sequence_tokens - len(item.token_ids)),
             stop_token_ids=list(self._info.eos_token_ids),
-            stream_interval=STREAM_INTERVAL_TOKENS,
+            # The worker releases rows every STREAM_INTERVAL_TOKENS.
+            stream_interval=STREAM_INTERVAL_TOKENS * max(1, -(-item.chunk_tokens // STREAM_INTERVAL_TOKENS)),
             **fields,
         )
 

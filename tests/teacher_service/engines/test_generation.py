@@ -129,6 +129,33 @@ def test_unstreamed_samples_equal_streamed_ones(teacher: Teacher) -> None:
         assert streamed[key].prompt_ids == []
 
 
+def test_samples_in_parts_equal_whole_ones(teacher: Teacher) -> None:
+    stop = teacher_pb2.SamplingParams(stop=["e", "a"])
+    prompts = [prompt(random_ids(9, seed=4)), prompt(random_ids(30, seed=5), sampling=stop)]
+    options: dict[str, Any] = {"seed": 11, "max_new_tokens": 50, "config": distribution_config(4)}
+    whole = teacher.generate(prompts, **options, whole_samples=True)
+    parts = teacher.generate(prompts, **options, whole_samples=True, part_tokens=16)
+    for key, sample in parts.items():
+        assert (sample.ids, sample.text, sample.finish) == (
+            whole[key].ids,
+            whole[key].text,
+            whole[key].finish,
+        )
+        if sample.ids:
+            assert sample.distributions.start == whole[key].distributions.start
+            np.testing.assert_array_equal(sample.distributions.token_ids, whole[key].distributions.token_ids)
+    long = parts[0, 0]
+    assert len(long.ids) == 50
+    assert 3 <= long.num_chunks <= 4
+    assert all(16 <= each.num_rows < 32 for each in long.rows[:-1])
+
+
+def test_a_negative_size_of_parts_is_refused(teacher: Teacher) -> None:
+    with pytest.raises(StillhouseError, match="part_tokens is -1") as caught:
+        teacher.generate([prompt([5])], whole_samples=True, part_tokens=-1)
+    assert caught.value.reason is Reason.INVALID_REQUEST
+
+
 def test_a_prompts_own_sampling_overrides_the_calls(teacher: Teacher) -> None:
     start = random_ids(9, seed=4)
     own = teacher_pb2.SamplingParams(max_new_tokens=3)
