@@ -6,18 +6,20 @@ are sampled after the restart with the weights and the seed that they would have
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.config.schema import StudentContextConfig
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
@@ -68,11 +70,13 @@ class StudentFeed(Feed):
         self._gate = gate
         self._queries_top_k = queries_top_k
         self._queries_parts = queries_parts
-        self._parts: defaultdict[tuple[int, int, int], list[_Part]] = defaultdict(list)
-        """Queries of each rollout, by step, slot and its place among the slot's, in the order of their positions."""
+        self._queried: defaultdict[tuple[int, int, int], _Queried] = defaultdict(_Queried)
+        """Queries about each rollout, by step, slot and its place among the slot's."""
+        self._next_step = 0
+        """Step behind the last one whose texts are all there."""
         self._num_queries = 0
-        self._num_further_parts = 0
-        """Answered queries beyond the first one about each rollout."""
+        self._num_further_queries = 0
+        """Queries beyond those that count, of which each rollout has one."""
         self._submitting = threading.Lock()
         """Held while a query is sent: services' texts come in several threads."""
         self._num_dropped = 0
@@ -80,7 +84,7 @@ class StudentFeed(Feed):
 
     @property
     def num_asked(self) -> int:
-        return super().num_asked - self._num_further_parts
+        return super().num_asked - self._num_further_queries
 
     def request(self, step: int, slots: Sequence[Slot]) -> None:
         """Samples the rollouts, unless a checkpoint had them, and queries the targets of each as soon as it is there.
@@ -91,6 +95,13 @@ class StudentFeed(Feed):
 
         def send(place: int, sample: int, text: SampledText) -> None:
             self._submit(step, sample, self._rollout(slots[place], text, version), slots[place].row)
+
+        def send_part(place: int, sample: int, text: SampledText) -> None:
+            rollout = self._rollout(slots[place], text, version)
+            self._submit(step, sample, rollout, slots[place].row, is_part=True)
+
+        # The teacher scores texts, and what is there of the others, while these are still being written.
+        on_part = send_part if self._queries_parts else None
 
         def send_all(place: int, texts: Sequence[SampledText]) -> None:
             for sample, text in enumerate(texts):
@@ -104,23 +115,34 @@ class StudentFeed(Feed):
             self._in_flight.rollouts[key] = []
         elif isinstance(self._sampler, SamplerPool):
             # The version stands beside the weights in memory and in a checkpoint: they cannot disagree.
-            texts = self._sampler.begin(**self._order(slots), on_texts=send_all)
+            texts = self._sampler.begin(**self._order(slots), on_texts=send_all, on_part=on_part)
             self._in_flight.pending[key] = lambda wait: self._rollouts(slots, texts.result(wait), version)
         else:
             began = time.monotonic()
-            # The teacher scores texts, and what is there of the others, while these are still being written.
-            on_part = send if self._queries_parts else None
             written = self._sampler.write(**self._order(slots), on_text=send, on_part=on_part)
             self._in_flight.rollouts[key] = self._rollouts(slots, written, version)
             self._sampling_s = time.monotonic() - began
 
-    def _submit(self, step: int, sample: int, rollout: Rollout, row: int | None) -> None:
-        """Queries the targets of one rollout, of which earlier calls may have had the beginning.
+    def _submit(
+        self, step: int, sample: int, rollout: Rollout, row: int | None, *, is_part: bool = False
+    ) -> None:
+        """Queries the targets of one rollout, or of what there is of it, of which earlier calls may have had the beginning.
 
         It is of the training row `row`, from which what teachers alone see comes, and stands at `sample` among those of its slot.
         """
         with self._submitting:
-            self._submit_rest(self._parts[step, rollout.slot, sample], rollout, row)
+            queried = self._queried[step, rollout.slot, sample]
+            if is_part and (queried.is_whole or step < self._next_step):
+                return  # from a service whose place another one has taken
+            before, queried.is_whole = queried.rollout, not is_part
+            if before is not None and not _begins(rollout, before):
+                if is_part and _begins(before, rollout):
+                    return
+                # Another service writes the text again, and rounding has parted the two.
+                queried.void += queried.parts
+                queried.parts = []
+            queried.rollout = rollout
+            self._submit_rest(queried.parts, rollout, row)
 
     def _submit_rest(self, parts: list[_Part], rollout: Rollout, row: int | None) -> None:
         """Queries the targets of a rollout behind `parts`."""
@@ -141,19 +163,37 @@ class StudentFeed(Feed):
 
     def _answer(self, step: int, sample: int, rollout: Rollout) -> Distributions | None:
         """Waits for the targets of a rollout; None if some are non-finite."""
-        parts = self._parts.pop((step, rollout.slot, sample))
-        found = self._receive_all(self._targets.get_result, [each.query_id for each in parts])
+        with self._submitting:
+            queried = self._queried.pop((step, rollout.slot, sample))
+        self._forget(queried.void)
+        found = self._receive_all(self._targets.get_result, [each.query_id for each in queried.parts])
         # Rollouts count once, however many parts they have.
-        self._num_further_parts += len(parts) - 1
+        self._num_further_queries += len(queried.parts) - 1
         if found is None:
             return None
         num_draws = 0 if rollout.draws is None else rollout.draws.shape[1]
         return _joined(found, num_queries=rollout.likeliest.shape[1] + num_draws)
 
+    def _forget(self, parts: Sequence[_Part]) -> None:
+        """Takes in answers that nothing needs."""
+        self._num_further_queries += len(parts)
+        for each in parts:
+            with contextlib.suppress(StillhouseError):
+                self._targets.get_result(each.query_id, self._settings.patience)
+
+    def _forget_others(self) -> None:
+        """Forgets parts of texts that became no rollouts of the steps so far."""
+        with self._submitting:
+            keys = [key for key in self._queried if key[0] < self._next_step]
+            others = [self._queried.pop(key) for key in keys]
+        for each in others:
+            self._forget([*each.void, *each.parts])
+
     def collect(self, step: int) -> Iterator[ScoredExample]:
         """The rollouts with their targets; those that are too old are dropped and counted."""
         began = time.monotonic()
         self._in_flight.finish((self._settings.context, step), self._settings.patience)
+        self._next_step = step + 1
         if isinstance(self._sampler, SamplerPool):
             self._sampling_s = time.monotonic() - began
         version = self._version()
@@ -186,6 +226,7 @@ class StudentFeed(Feed):
                 draw_logprobs=rollout.draw_logprobs,
                 group=rollout.slot,
             )
+        self._forget_others()
         self._gate.check(step)
         self.metrics = means.means() | {
             # Over all steps of this process: too old, without targets, or with tokens unknown to the teacher.
@@ -243,6 +284,19 @@ class _Part(NamedTuple):
     end: int
 
 
+@dataclass(slots=True)
+class _Queried:
+    """Queries about one rollout."""
+
+    rollout: Rollout | None = None
+    """The rollout, or what there is of it."""
+    is_whole: bool = False
+    parts: list[_Part] = field(default_factory=list)
+    """In the order of their positions."""
+    void: list[_Part] = field(default_factory=list)
+    """Those about a text that was written again."""
+
+
 def _numbered(rollouts: Sequence[Rollout]) -> Iterator[tuple[int, Rollout]]:
     """Rollouts with their places among those of their slots, which stand together."""
     for _, several in itertools.groupby(rollouts, lambda each: each.slot):
@@ -263,6 +317,28 @@ class _Means:
 
     def means(self) -> dict[str, float]:
         return {name: total / self._counts[name] for name, total in self._sums.items()}
+
+
+def _begins(rollout: Rollout, part: Rollout) -> bool:
+    """True if a rollout begins with what there was of it before."""
+    if len(rollout.token_ids) < len(part.token_ids):
+        return False
+    count = len(part.token_ids) - part.start
+    return (
+        np.array_equal(rollout.token_ids[: len(part.token_ids)], part.token_ids)
+        and np.array_equal(rollout.likeliest[:count], part.likeliest)
+        and _same_draws(rollout.draws, part.draws, count)
+    )
+
+
+def _same_draws(draws: NDArray[np.int32] | None, before: NDArray[np.int32] | None, count: int) -> bool:
+    """True if the first `count` positions have the draws `before`, whatever the number of empty columns."""
+    empty = np.empty((count, 0), np.int32)
+    now, before = (empty if each is None else each[:count] for each in (draws, before))
+    width = min(now.shape[1], before.shape[1])
+    return np.array_equal(now[:, :width], before[:, :width]) and not any(
+        (each[:, width:] >= 0).any() for each in (now, before)
+    )
 
 
 def _queried(rollout: Rollout, first: int) -> NDArray[np.int32]:

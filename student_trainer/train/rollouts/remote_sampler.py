@@ -28,14 +28,19 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
 )
 from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
-from stillhouse.protos.tensors.distributions import Distributions, decode, decode_distributions, encode
+from stillhouse.protos.tensors.distributions import encode
 from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.config.teacher import TeacherConfig
-from stillhouse.student_trainer.train.rollouts.local_sampler import SampledText
+from stillhouse.student_trainer.train.rollouts.local_sampler import PART_TOKENS, SampledText
 from stillhouse.student_trainer.train.rollouts.service_adapters import OnCancel, ServiceAdapters
+from stillhouse.student_trainer.train.rollouts.written_text import PieceReader, WrittenText
 from stillhouse.student_trainer.train.teacher.endpoints import Endpoint
 
 log = structlog.get_logger()
+
+
+OnPart = Callable[[int, SampledText], object]
+"""Is told a text's place among its prompt's, and what there is of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +56,8 @@ class RolloutQuery:
     version: int
     on_texts: Callable[[list[SampledText]], object] = lambda _: None
     """Told the texts once, in another thread, before they can be got."""
+    on_part: OnPart | None = None
+    """Told what there is of each text about every PART_TOKENS tokens, in another thread; of a text that is written again, again."""
 
 
 class RemoteSampler(Endpoint):
@@ -141,6 +148,7 @@ class RemoteSampler(Endpoint):
                 sampled_logprobs=draws > 0,
             ),
             whole_samples=True,
+            part_tokens=PART_TOKENS if any(prompt.on_part is not None for prompt in prompts) else 0,
         )
 
     @property
@@ -186,7 +194,14 @@ class RemoteSampler(Endpoint):
         num_samples: int,
         fingerprint: str,
     ) -> Iterator[tuple[int, list[SampledText]]]:
-        parts: dict[tuple[int, int], list[SampleChunk]] = {}
+        reader = PieceReader(
+            target=self.target,
+            info=self.info,
+            vocab_size=self._vocab_size,
+            num_likeliest=self._num_likeliest,
+            end_ids=self._end_ids,
+        )
+        written: dict[tuple[int, int], WrittenText] = {}
         texts: dict[int, dict[int, SampledText]] = {number: {} for number in range(len(prompts))}
         for response in stream:
             for chunk in response.chunks:
@@ -199,10 +214,15 @@ class RemoteSampler(Endpoint):
                         f"{fingerprint[:12]} was asked for.",
                     )
                 key = number, sample = chunk.prompt_index, chunk.sample_index
-                parts.setdefault(key, []).append(chunk)
-                if chunk.finish_reason == SampleChunk.FINISH_REASON_UNSPECIFIED or number not in texts:
+                if number not in texts or sample in texts[number]:
                     continue
-                texts[number][sample] = self._text(parts.pop(key))
+                if key not in written:
+                    written[key] = WrittenText(reader, prompts[number].seed, sample, self._present_draws)
+                written[key].add(chunk)
+                if chunk.finish_reason == SampleChunk.FINISH_REASON_UNSPECIFIED:
+                    self._tell(prompts[number].on_part, sample, written[key])
+                    continue
+                texts[number][sample] = written.pop(key).text()
                 if len(texts[number]) == num_samples:
                     found = texts.pop(number)
                     yield number, [found[each] for each in sorted(found) if self._is_known(found[each])]
@@ -213,68 +233,10 @@ class RemoteSampler(Endpoint):
                 f"The service at {self.target} left out samples {missing} of a prompt of {len(prompts[number].token_ids)} tokens.",
             )
 
+    def _tell(self, on_part: OnPart | None, sample: int, written: WrittenText) -> None:
+        if on_part is not None and written.has_part and self._is_known(text := written.text()):
+            on_part(sample, text)
+
     def _is_known(self, text: SampledText) -> bool:
         """True if the teacher knows every token of a text."""
         return int(text.token_ids.max()) < self._vocab_size
-
-    def _text(self, parts: Sequence[SampleChunk]) -> SampledText:
-        int32, float32 = (Tensor.DATA_TYPE_INT32,), (Tensor.DATA_TYPE_FLOAT32,)
-        token_ids = np.concatenate(
-            [decode(part.token_ids, field="token_ids", dtypes=int32, shape=(None,)) for part in parts]
-        )
-        if not all(part.HasField("sampling_logprobs") for part in parts) or not token_ids.size:
-            raise StillhouseError(
-                Reason.CAPABILITY,
-                f"The rollout service at {self.target} ({self.info.engine}) gives no log-probabilities of the "
-                "tokens that it sampled. Use temperature 1 and top_p 1, or start it with --engine hf.",
-                metadata={"capability": "sampling_logprobs"},
-            )
-        logprobs = np.concatenate(
-            [
-                decode(part.sampling_logprobs, field="sampling_logprobs", dtypes=float32, shape=(None,))
-                for part in parts
-            ]
-        )
-        rows = [
-            decode_distributions(
-                part.distributions,
-                vocab_size=self.info.vocab_size,
-                max_rows=len(token_ids),
-                max_top_k=self._num_likeliest,
-            )
-            for part in parts
-        ]
-        likeliest = np.concatenate([each.token_ids for each in rows])
-        if not len(token_ids) == len(logprobs) == len(likeliest):
-            raise StillhouseError(
-                Reason.TENSOR_INVALID,
-                f"The service at {self.target} sent a text whose parts differ in length.",
-            )
-        # The service knows the base's end tokens alone, and the data may have others.
-        ends = np.flatnonzero(np.isin(token_ids, self._end_ids))
-        length = int(ends[0]) + 1 if ends.size else len(token_ids)
-        draws, draw_logprobs = (
-            np.concatenate(each)[:length] for each in zip(*map(self._draws_of, rows), strict=True)
-        )
-        return SampledText(
-            token_ids=token_ids[:length].astype(np.int32),
-            logprobs=logprobs[:length].astype(np.float32),
-            likeliest=self._known(likeliest[:length]),
-            draws=draws,
-            draw_logprobs=draw_logprobs,
-            finished=bool(ends.size) or parts[-1].finish_reason == SampleChunk.FINISH_REASON_STOP,
-        )
-
-    def _draws_of(self, row: Distributions) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Draws of some positions, and their log-probabilities in the tail that they are from; -1 and 0 where it is empty."""
-        if row.sampled_token_ids is None or row.sampled_logprobs is None:
-            empty = np.zeros((row.num_rows, 0))
-            return empty.astype(np.int32), empty.astype(np.float32)
-        has_tail = np.isfinite(row.log_tail)[:, None]
-        log_tail = np.where(has_tail, row.log_tail[:, None], 0.0)
-        logprobs = np.where(has_tail, row.sampled_logprobs - log_tail, 0.0)
-        return self._known(np.where(has_tail, row.sampled_token_ids, -1)), logprobs.astype(np.float32)
-
-    def _known(self, token_ids: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Ids, with -1 in the place of those that the teacher does not know."""
-        return np.where(token_ids < self._vocab_size, token_ids, -1).astype(np.int32)

@@ -23,7 +23,7 @@ from stillhouse.protos.rpc.pool.service_pool import Call, ServicePool
 from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.rollouts.adapter_files import saved_adapter
-from stillhouse.student_trainer.train.rollouts.local_sampler import SampledText
+from stillhouse.student_trainer.train.rollouts.local_sampler import OnText, SampledText
 from stillhouse.student_trainer.train.rollouts.remote_sampler import RemoteSampler, RolloutQuery
 from stillhouse.student_trainer.train.student.student import Student
 
@@ -131,11 +131,13 @@ class SamplerPool:
         max_sequence_tokens: int,
         seeds: Sequence[int],
         on_texts: OnTexts = lambda _prompt, _texts: None,
+        on_part: OnText | None = None,
     ) -> PendingTexts:
         """Has up to `samples_per_prompt` texts of each prompt written with the student's present weights, and does not wait.
 
         The wait for them is that for a teacher. Prompt and text have at most `max_sequence_tokens`. `on_texts` is called once for
-        each prompt, in another thread, while others are still being written.
+        each prompt, in another thread, while others are still being written, and `on_part` before, with what each text has so far,
+        about every PART_TOKENS tokens. A service may be lost, and another one write the text again: by rounding it may differ.
         """
         self._generation = generation
         with ExitStack() as stack:
@@ -148,6 +150,7 @@ class SamplerPool:
                     adapter=adapter,
                     version=self._version(),
                     on_texts=partial(on_texts, place),
+                    on_part=None if on_part is None else partial(on_part, place),
                 )
                 for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
             }

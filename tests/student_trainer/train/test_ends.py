@@ -13,13 +13,8 @@ import pytest
 from structlog.testing import capture_logs
 from transformers import AutoTokenizer, GenerationConfig
 
-from stillhouse.protos.stillhouse.v1.teacher_pb2 import SampleChunk
-from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
-from stillhouse.protos.tensors.distributions import Distributions, encode, encode_distributions
 from stillhouse.student_trainer.config.schema import RolloutConfig, StudentConfig
-from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.train.rollouts.local_sampler import LocalSampler
-from stillhouse.student_trainer.train.rollouts.remote_sampler import RemoteSampler
 from tests.conftest import Models
 from tests.student_trainer.train.runs import events, finish_here, make_run, spec_of
 from tests.student_trainer.train.students import CPU, load_student
@@ -108,32 +103,3 @@ def test_rollouts_end_with_a_turn(models: Models) -> None:
     for text in texts:
         assert text.finished == (text.token_ids[-1] in ends)
         assert not np.isin(text.token_ids[:-1], ends).any()
-
-
-def test_texts_of_a_service_that_knows_the_bases_ends_alone_are_cut() -> None:
-    service = TeacherConfig(targets=("127.0.0.1:1",))
-    options: dict[str, Any] = {"field": "f", "run_name": "r", "tokenizer_fingerprint": "t", "clean": False}
-    sampler = RemoteSampler(service, vocab_size=9, num_likeliest=1, end_ids=[0, 3], **options)
-    sampler.info.vocab_size = 9
-    ids = np.array([4, 3, 5, 6], np.int32)
-    rows = Distributions(
-        start=1,
-        token_ids=ids[:, None],
-        logprobs=np.zeros((4, 1), np.float32),
-        target_logprobs=np.zeros(4, np.float32),
-        log_tail=np.full(4, -np.inf, np.float32),
-    )
-    chunk = SampleChunk(
-        token_ids=encode(ids, dtype=Tensor.DATA_TYPE_INT32),
-        sampling_logprobs=encode(np.zeros(4, np.float32), dtype=Tensor.DATA_TYPE_FLOAT32),
-        distributions=encode_distributions(rows, logprob_dtype=Tensor.DATA_TYPE_FLOAT32),
-        finish_reason=SampleChunk.FINISH_REASON_LENGTH,
-    )
-    text = sampler._text([chunk])
-    sampler.close()
-    assert (text.token_ids.tolist(), len(text.logprobs), len(text.likeliest), text.finished) == (
-        [4, 3],
-        2,
-        2,
-        True,
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def collect(
         assert not teachers.reuse_prefixes
 
         def collected(
-            *, queries_parts: bool, room: int = 64, refused: Sequence[int] = ()
+            *, queries_parts: bool, room: int = 64, refused: Sequence[int] = (), using: Any = sampler
         ) -> list[ScoredExample]:
             settings = FeedSettings(
                 context=0,
@@ -146,7 +147,7 @@ def collect(
             feed = StudentFeed(
                 settings,
                 Refusing(targets, list(refused)),
-                sampler,
+                using,
                 StudentContextConfig(generation=GENERATION),
                 in_flight=RolloutBuffer(),
                 version=lambda: 0,
@@ -157,7 +158,7 @@ def collect(
             )
             feed.request(0, slots)
             scored = list(feed.collect(0))
-            assert not feed._parts
+            assert not feed._queried
             assert feed.num_asked == len(slots) * GENERATION.samples_per_prompt
             return scored
 
@@ -177,6 +178,42 @@ def test_parts_have_the_targets_of_whole_texts(collect: Collect, *, room: int) -
             np.testing.assert_allclose(
                 getattr(one.answer, name), getattr(other.answer, name), atol=2e-5, err_msg=name
             )
+
+
+class Rewriting:
+    """A sampler whose texts are begun by a service that is lost: it told parts of other texts, or the same ones, before."""
+
+    def __init__(self, sampler: LocalSampler, seeds: Sequence[int]) -> None:
+        self._sampler = sampler
+        self._seeds = seeds
+
+    def write(self, prompts: Sequence[np.ndarray], *arguments: Any, **named: Any) -> Any:
+        on_part = named["on_part"]
+        if on_part is not None:
+            quiet: dict[str, Any] = named | {"seeds": self._seeds[: len(prompts)], "on_text": _ignore}
+            self._sampler.write(prompts, *arguments, **quiet)
+        texts = self._sampler.write(prompts, *arguments, **named)
+        if on_part is not None:
+            # The lost one says something after all.
+            self._sampler.write(prompts, *arguments, **quiet)
+        return texts
+
+
+def _ignore(*_: object) -> None:
+    pass
+
+
+def test_parts_of_texts_that_are_written_again_count_for_nothing(
+    collect: Collect, sampler: LocalSampler
+) -> None:
+    again = Rewriting(sampler, seeds=[91, 92, 93])
+    whole, parts = (collect(queries_parts=each, using=again) for each in (False, True))
+    assert len(whole) == len(parts) == 3 * GENERATION.samples_per_prompt
+    for one, other in zip(whole, parts, strict=True):
+        assert one.example.token_ids.tolist() == other.example.token_ids.tolist()
+        assert one.answer is not None
+        assert other.answer is not None
+        np.testing.assert_allclose(one.answer.target_logprobs, other.answer.target_logprobs, atol=2e-5)
 
 
 def test_a_text_whose_parts_are_non_finite_is_left_out_once(collect: Collect) -> None:
