@@ -11,6 +11,8 @@ MODULE = "stillhouse.student_trainer.train.standby"
 """Module that runs as a standby process."""
 ADAPTER_VARIABLE = "STILLHOUSE_STANDBY_ADAPTER"
 """Environment variable of a standby process that imports what trains an adapter too; it removes it."""
+TAKEN = b"\n"
+"""Its reply once it has taken the attempt's place; after that nothing of it is left that waits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -94,6 +94,7 @@ class Server:
         self._errors = ErrorInterceptor(observers)
         self.limit = CallLimit(max_calls, methods=limited)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self.aio: grpc.aio.Server = grpc.aio.server(
             interceptors=[self._errors, AuthInterceptor(tokens), self.limit],
             options=list(_OPTIONS),
@@ -145,6 +146,12 @@ class Server:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def keep_signals(self) -> None:
+        """Keeps SIGTERM and SIGINT from now on for `run_until_signal`; before it they would end the program at once."""
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._signals.put_nowait, number)
+
     async def run_until_signal(self, drain: Callable[[], Awaitable[None]], grace_s: float) -> None:
         """Serves until SIGTERM, SIGINT or `stop`, then shuts down gracefully.
 
@@ -153,10 +160,8 @@ class Server:
         calls are cancelled.
         """
         loop = asyncio.get_running_loop()
-        signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
-        for number in _SIGNALS:
-            loop.add_signal_handler(number, signals.put_nowait, number)
-        first, ended = loop.create_task(signals.get()), loop.create_task(_ended(self.aio))
+        self.keep_signals()
+        first, ended = loop.create_task(self._signals.get()), loop.create_task(_ended(self.aio))
         hasten: asyncio.Task[signal.Signals] | None = None
         try:
             await asyncio.wait({first, ended}, return_when=asyncio.FIRST_COMPLETED)
@@ -164,7 +169,7 @@ class Server:
                 log.info(
                     "draining", signal=first.result().name, calls=self._errors.num_calls, grace_s=grace_s
                 )
-                hasten = loop.create_task(signals.get())
+                hasten = loop.create_task(self._signals.get())
                 await self._drain(drain, grace_s, hasten)
         finally:
             for task in (first, ended, hasten):

@@ -1,4 +1,7 @@
-"""Command line of the run service: settings that cannot work end it with one sentence."""
+"""Command line of the run service: settings that cannot work end it with one sentence.
+
+A process for the first run starts before the service is imported.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.settings import options_of
 from stillhouse.protos.telemetry.logs import configure_logging
 from stillhouse.protos.telemetry.tracing import configure_tracing
-from stillhouse.student_trainer.runs.service import serve
+from stillhouse.student_trainer.runs.data_dir import DataDir
 from stillhouse.student_trainer.runs.settings import RunServiceSettings
+from stillhouse.student_trainer.runs.supervision.first_standby import FirstStandby
 
 EXIT_SETTINGS = 2
 """Exit code for settings that cannot work, such as a taken address."""
@@ -38,10 +42,29 @@ def main(**options: Any) -> None:
     configure_logging(options["log_level"])
     configure_tracing("stillhouse-trainer")
     try:
-        asyncio.run(serve(RunServiceSettings(**options)))
+        asyncio.run(run(RunServiceSettings(**options)))
     except StillhouseError as error:
         click.echo(f"stillhouse-trainer: {error}", err=True)
         sys.exit(EXIT_SETTINGS)
+
+
+async def run(settings: RunServiceSettings) -> None:
+    """Runs the service until a signal.
+
+    Raises:
+        StillhouseError: INVALID_CONFIG for settings that cannot work.
+    """
+    data_dir = DataDir.open(settings.data_dir)
+    try:
+        first = FirstStandby.begin(settings, data_dir)
+        try:
+            from stillhouse.student_trainer.runs.service import serve
+
+            await serve(settings, data_dir, first)
+        finally:
+            first.standby.close()
+    finally:
+        data_dir.close()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from stillhouse.protos.rpc.server import Server
 from stillhouse.protos.stillhouse.v1.run_pb2 import DESCRIPTOR
 from stillhouse.protos.stillhouse.v1.run_pb2_grpc import add_RunServiceServicer_to_server
 from stillhouse.protos.telemetry.gpu_memory import GpuMemory
-from stillhouse.protos.telemetry.gpus import visible_gpus
 from stillhouse.protos.telemetry.metrics import Metrics
 from stillhouse.student_trainer.config.settled.matmul_dtype import Processor
 from stillhouse.student_trainer.runs.api import dataset_uploads
@@ -30,7 +29,7 @@ from stillhouse.student_trainer.runs.settings import RunServiceSettings
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision.attempt_monitor import TERM_GRACE_S
-from stillhouse.student_trainer.runs.supervision.device_slots import DeviceSlots
+from stillhouse.student_trainer.runs.supervision.first_standby import FirstStandby
 from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
 from stillhouse.student_trainer.runs.supervision.retention import keep_cleaning, keep_sweeping
 from stillhouse.student_trainer.runs.supervision.supervisor import Supervisor
@@ -45,13 +44,12 @@ SERVICE_NAME = DESCRIPTOR.services_by_name["RunService"].full_name
 log = structlog.get_logger(__name__)
 
 
-async def serve(settings: RunServiceSettings) -> None:
+async def serve(settings: RunServiceSettings, data_dir: DataDir, first: FirstStandby) -> None:
     """Run the service until a signal.
 
     Raises:
         StillhouseError: INVALID_CONFIG for settings that cannot work.
     """
-    data_dir = DataDir.open(settings.data_dir)
     db, metrics = DatabaseThread(), Metrics()
     try:
         tokens = settings.tokens or data_dir.tokens_path
@@ -65,18 +63,19 @@ async def serve(settings: RunServiceSettings) -> None:
             tokens=TokenFile(tokens, optional=settings.tokens is None),
             observers=[metrics, AuditLog(settings.audit_log or data_dir.audit_path)],
         )
+        if settings.stop_runs_on_exit:  # also those that are still being adopted
+            server.keep_signals()
         metrics.watch_calls(lambda: server.running)
         store = await db(Store.open, settings.database or data_dir.database_path)
         await db(dataset_uploads.remove_leftovers, data_dir.datasets_path, has_row=store.datasets.has_file)
         await db(remove_deleted, data_dir.runs_path)
         try:
-            await _serve(settings, server, data_dir, store, db, metrics=metrics)
+            await _serve(settings, server, data_dir, store, db, metrics=metrics, first=first)
         finally:
             await db(store.close)
     finally:
         metrics.close()
         db.close()
-        data_dir.close()
 
 
 async def _serve(
@@ -87,9 +86,9 @@ async def _serve(
     db: DatabaseThread,
     *,
     metrics: Metrics,
+    first: FirstStandby,
 ) -> None:
-    notifier = ChangeNotifier()
-    gpus = visible_gpus() if settings.gpus is None else settings.gpus
+    notifier, slots = ChangeNotifier(), first.slots
     hosts = WebhookHosts(settings.webhooks)
     webhooks = Webhooks(store, db, notifier, hosts, data_dir.path / "webhooks")
     access = TrackerAccess(data_dir.credentials_path)
@@ -102,8 +101,7 @@ async def _serve(
         runs=data_dir.runs_path,
         page=partial(page_address, data_dir),
     )
-    slots = DeviceSlots(gpus=gpus, cpu_slots=settings.cpu_slots)
-    supervisor = Supervisor(store, db, notifier, slots, data_dir=data_dir, settings=settings)
+    supervisor = Supervisor(store, db, notifier, first, data_dir=data_dir, settings=settings)
     host = Host(
         data_dir=data_dir.path,
         roots=_roots(settings),

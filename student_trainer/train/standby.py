@@ -1,12 +1,14 @@
 """A training process that waits for its run: `python -m stillhouse.student_trainer.train.standby DATA_DIR`.
 
 It imports what a run imports and touches nothing of a run. One line on its standard input, `Order` as JSON, makes it the training
-process of an attempt: its output goes to the attempt's log, its directory is the run's, and it goes on as one that was started for
-that attempt. The end of the input without a line ends it: no standby process outlives its service.
+process of an attempt: its output goes to the attempt's log, its directory is the run's, it replies TAKEN on its standard input, which
+is a socket, and goes on as one that was started for that attempt. The end of the input without a line ends it: no standby process
+outlives its service.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
@@ -19,7 +21,7 @@ from stillhouse.protos.library_imports import MODEL_MODULES, collector_paused, i
 from stillhouse.student_trainer.config.settled.cpu_threads import wait_passively
 from stillhouse.student_trainer.config.settled.micro_batch import HALVE_VARIABLE
 from stillhouse.student_trainer.run_dir import RunDir
-from stillhouse.student_trainer.standby_order import ADAPTER_VARIABLE, Order
+from stillhouse.student_trainer.standby_order import ADAPTER_VARIABLE, TAKEN, Order
 from stillhouse.student_trainer.train.__main__ import prepare_libraries, prepare_output, take_attempt
 from stillhouse.student_trainer.train.setup.first_use import load_first_use
 
@@ -72,9 +74,13 @@ def _receive(orders: queue.SimpleQueue[Order], own_score: str) -> None:
                 os._exit(0)
             line += part
         order = Order.from_line(line)
+        service = os.dup(0)
         _take_place(RunDir(order.run_dir).log_path(order.attempt), order.run_dir)
         if own_score:
             OOM_SCORE.write_text(own_score)
+        with contextlib.suppress(OSError):  # the service has died since: a later one adopts the run
+            os.write(service, TAKEN)
+        os.close(service)
     except BaseException:  # its log may not be open, and the main thread waits
         os._exit(1)
     orders.put(order)

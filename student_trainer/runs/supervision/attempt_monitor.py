@@ -24,6 +24,7 @@ from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision.exit_classification import (
     AttemptEnd,
     Overflow,
+    begins_again,
     classify,
     ran_out_of_memory,
 )
@@ -31,6 +32,7 @@ from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotif
 from stillhouse.student_trainer.runs.supervision.liveness import HeartbeatWatch
 from stillhouse.student_trainer.runs.supervision.training_process import (
     AdoptedProcess,
+    ChildProcess,
     Exit,
     Process,
     oom_kills,
@@ -75,6 +77,7 @@ class AttemptMonitor:
         self._oom_kills = oom_kills()
         self._asked_at_s: float | None = None
         self._adopting = isinstance(process, AdoptedProcess)
+        self._waited = isinstance(process, ChildProcess) and process.waited
         self._heartbeat = HeartbeatWatch(run_dir.heartbeat_path)
         self._quiet = self._adopting
         """True if the store may hold NOT_RESPONDING for the run."""
@@ -186,23 +189,24 @@ class AttemptMonitor:
         used = await db(store.attempts_since_request, self._run_id)
         may_halve = run.effective_spec.retry.halve_micro_batch and not await db(store.halved, self._run_id)
         may_halve = may_halve and smaller_micro_batch(from_proto(run.effective_spec)) is not None
-        following, error = classify(
-            AttemptEnd(
-                state=run.state,
-                exit=ended,
-                outcome=outcome,
-                error=error,
-                killed_for_stop=self._terminated,
-                killed_for_silence=self._silenced,
-                killed_for_memory=oom_kills() > self._oom_kills,
-                log_tail=log_tail(self._run_dir, self._attempt),
-                may_retry=used < run.effective_spec.retry.max_attempts,
-                overflowed=self._overflowed,
-                may_halve=may_halve,
-                resumes_from=_resumes_from(run),
-                full_disk=full_sentence(self._run_dir.path) if ended.code == EXIT_DISK_FULL else "",
-            )
+        ending = AttemptEnd(
+            state=run.state,
+            exit=ended,
+            outcome=outcome,
+            error=error,
+            killed_for_stop=self._terminated,
+            killed_for_silence=self._silenced,
+            killed_for_memory=oom_kills() > self._oom_kills,
+            log_tail=log_tail(self._run_dir, self._attempt),
+            may_retry=used < run.effective_spec.retry.max_attempts,
+            overflowed=self._overflowed,
+            may_halve=may_halve,
+            resumes_from=_resumes_from(run),
+            full_disk=full_sentence(self._run_dir.path) if ended.code == EXIT_DISK_FULL else "",
+            only_waited=self._waited and not run.attempts[-1].first_step,
         )
+        following, error = classify(ending)
+        halve = may_halve and following == PENDING and ran_out_of_memory(error) and not begins_again(ending)
         run = await db(
             store.end_attempt,
             self._run_id,
@@ -211,7 +215,7 @@ class AttemptMonitor:
             exit_code=ended.code or 0,
             signal=ended.signal,
             error=error,
-            halve=may_halve and following == PENDING and ran_out_of_memory(error),
+            halve=halve,
         )
         log.info(
             "attempt ended",

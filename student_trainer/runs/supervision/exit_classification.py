@@ -60,6 +60,8 @@ class AttemptEnd:
     """The checkpoint that another attempt continues from, such as checkpoints/40; empty if there is nothing yet."""
     full_disk: str = ""
     """Message for a full disk, if the process could not report it."""
+    only_waited: bool = False
+    """True if the process waited for the run before, and has made no step."""
 
 
 def ran_out_of_memory(error: Status | None) -> bool:
@@ -69,6 +71,18 @@ def ran_out_of_memory(error: Status | None) -> bool:
     cause = from_status(error)
     killed = cause.reason is Reason.PROCESS_DIED and cause.metadata.get("exit_code") == str(KILLED_CODE)
     return cause.reason is Reason.OUT_OF_MEMORY or killed
+
+
+def begins_again(ending: AttemptEnd) -> bool:
+    """True if the run begins again in a process of its own, as a signal ended the one that had waited for it."""
+    by_service = ending.killed_for_stop or ending.killed_for_silence or ending.overflowed is not None
+    return (
+        ending.only_waited
+        and ending.exit.signal != 0
+        and ending.outcome is None
+        and not by_service
+        and ending.state != run_state.STOPPING
+    )
 
 
 def classify(ending: AttemptEnd) -> tuple[State, Status | None]:
@@ -89,6 +103,8 @@ def classify(ending: AttemptEnd) -> tuple[State, Status | None]:
 def _failed_or_retry(ending: AttemptEnd, error: Status) -> State:
     """PENDING if a retry may help, else FAILED; a run with a stop request is not retried."""
     cause = from_status(error)
+    if begins_again(ending):
+        return run_state.PENDING
     if (
         ending.may_halve
         and not ending.overflowed
@@ -129,6 +145,9 @@ def _death(ending: AttemptEnd) -> StillhouseError:
         return StillhouseError(Reason.PROCESS_DIED, sentence, metadata=metadata)
     if code == EXIT_DISK_FULL:
         return StillhouseError(Reason.DISK_FULL, ending.full_disk, metadata=metadata)
+    if begins_again(ending):
+        sentence = f"The process had waited for the run and was ended by {signal_name(number)} before its first step; the run begins again in a new one."
+        return StillhouseError(Reason.PROCESS_DIED, sentence, metadata=metadata)
     if number == signal.SIGKILL and ending.killed_for_memory:
         sentence = f"The kernel's OOM killer killed the process (exit 137). {MEMORY_ADVICE} {resume}"
         return StillhouseError(Reason.OUT_OF_MEMORY, sentence + tail, metadata=metadata)

@@ -17,12 +17,11 @@ from stillhouse.student_trainer.config.settled.cpu_threads import has_teacher_be
 from stillhouse.student_trainer.runs.settings import StandbyMode
 from stillhouse.student_trainer.runs.supervision import training_process
 from stillhouse.student_trainer.runs.supervision.device_slots import DeviceRequest, DeviceSlots
-from stillhouse.student_trainer.runs.supervision.standby import Expected
+from stillhouse.student_trainer.runs.supervision.first_standby import CoreSample, any_run
+from stillhouse.student_trainer.runs.supervision.standby import FREE_BYTES, Expected
 
 PATIENCE_S = 600.0
 """Time for which a process waits after the last sign of a run, by default; and without calls after which one is a sign."""
-FREE_BYTES = 4 * 2**30
-"""Memory that must be free before a process waits, some fourteen times what it takes; it ends where half of that is free."""
 CHECK_S = 10.0
 """Time between two looks at the free memory."""
 SAMPLE_S = 1.0
@@ -62,14 +61,19 @@ class RunExpectation:
         self._until_s = self._called_s = -math.inf
         self._timer: asyncio.TimerHandle | None = None
 
-    async def start(self, newest: RunSpec | None) -> None:
-        """Waits for a run like `newest`, of an earlier service, once a core is idle: programs that start beside this one go first."""
+    async def start(self, newest: RunSpec | None, sample: CoreSample) -> None:
+        """Waits for a run like `newest`, of an earlier service, once a core is idle: programs that start beside this one go first.
+
+        `sample` was begun with the service.
+        """
         if newest is not None:
             self._like = self.needs(newest, self._slots.next_free)
         for _ in range(math.ceil(self._patience_s / SAMPLE_S)):
-            if await _idle_s() >= self._idle_cores * SAMPLE_S:
+            if sample.idle_cores() >= self._idle_cores:
                 self.sign()
                 return
+            sample = CoreSample()
+            await asyncio.sleep(SAMPLE_S)
 
     def expected(self, waiting: Run | None, *, is_idle: bool) -> Expected | None:
         """The run that a process shall wait for: `waiting`, the first queued one, or one like the last; None if none shall."""
@@ -79,7 +83,7 @@ class RunExpectation:
             return self.needs(waiting.effective_spec, self._slots.foreseen)
         self._waits = is_idle and self._is_near()
         if self._mode == "always" or self._waits:
-            return self._like or self._any()
+            return self._like or any_run(self._slots, self._credentials)
         return None
 
     def sign(self) -> None:
@@ -141,23 +145,3 @@ class RunExpectation:
     def _is_near(self) -> bool:
         needed = FREE_BYTES // 2 if self._waits else FREE_BYTES
         return asyncio.get_running_loop().time() < self._until_s and self._free_bytes() >= needed
-
-    def _any(self) -> Expected | None:
-        """Needs of a run of which nothing is known: it has one device, or the CPU beside a teacher."""
-        devices = self._slots.next_free(DeviceRequest(count=min(1, len(self._slots.gpus))))
-        if devices is None:
-            return None
-        threads = self._slots.threads(devices, beside_teacher=True)
-        environ = training_process.environment(
-            devices=devices, threads=threads, credentials=self._credentials
-        )
-        return Expected(environ=environ, adapter=False)
-
-
-async def _idle_s() -> float:
-    """Seconds that the machine's cores, all together, have been idle over a sample."""
-    before = psutil.cpu_times()
-    await asyncio.sleep(SAMPLE_S)
-    after = psutil.cpu_times()
-    waited_s = getattr(after, "iowait", 0.0) - getattr(before, "iowait", 0.0)
-    return float(after.idle - before.idle + waited_s)

@@ -23,10 +23,11 @@ from stillhouse.student_trainer.runs.store.run_filter import RunFilter
 from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision import training_process
 from stillhouse.student_trainer.runs.supervision.attempt_monitor import AttemptMonitor, MonitorContext
-from stillhouse.student_trainer.runs.supervision.device_slots import DeviceRequest, DeviceSlots
+from stillhouse.student_trainer.runs.supervision.device_slots import DeviceRequest
+from stillhouse.student_trainer.runs.supervision.first_standby import FirstStandby
 from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
 from stillhouse.student_trainer.runs.supervision.run_expectation import RunExpectation
-from stillhouse.student_trainer.runs.supervision.standby import Expected, Standby, end_leftovers
+from stillhouse.student_trainer.runs.supervision.standby import Expected, end_leftovers
 from stillhouse.student_trainer.runs.supervision.training_process import AdoptedProcess, ChildProcess
 
 RETRY_S = 5.0
@@ -43,12 +44,12 @@ class Supervisor:
         store: Store,
         db: DatabaseThread,
         notifier: ChangeNotifier,
-        slots: DeviceSlots,
+        first: FirstStandby,
         *,
         data_dir: DataDir,
         settings: RunServiceSettings,
     ) -> None:
-        self.slots = slots
+        self.slots = first.slots
         self._store = store
         self._db = db
         self._notifier = notifier
@@ -63,9 +64,9 @@ class Supervisor:
         self._unmonitored: ChildProcess | None = None
         """Process that has been started and has no monitor yet."""
         self._killed = False
-        self._standby = Standby(data_dir.path)
+        self._standby, self._sample = first.standby, first.sample
         self.expectation = RunExpectation(
-            settings.standby, slots, credentials=data_dir.credentials_path, on_change=self.wake
+            settings.standby, self.slots, credentials=data_dir.credentials_path, on_change=self.wake
         )
         self._unsure = False
         """True if the store may hold attempts that were never started, because its reply was lost."""
@@ -80,11 +81,12 @@ class Supervisor:
         for run in await self._db(self._store.live):
             await self._adopt(run)
         newest, _ = await self._db(self._store.page, RunFilter(), before=None, limit=1)
-        began = self.expectation.start(newest[0].effective_spec if newest else None)
+        began = self.expectation.start(newest[0].effective_spec if newest else None, self._sample)
         self._news.set()
         self._background = {
-            asyncio.create_task(self._schedule(), name="scheduler"),
+            # First: the scheduler ends the process that waits unless a run is expected.
             asyncio.create_task(began, name="first expectation"),
+            asyncio.create_task(self._schedule(), name="scheduler"),
         }
 
     def wake(self) -> None:
@@ -245,9 +247,10 @@ class Supervisor:
             child = training_process.start(run_dir, attempt, environ)
         else:
             self.expectation.started(Expected(environ=environ, adapter=config.student.trains_adapter))
-            child = self._standby.take(run_dir, attempt, environ) or training_process.start(
-                run_dir, attempt, environ
-            )
+            # A retry gets a process of its own: the one before it may have failed because it had waited.
+            again = run.condition == Run.CONDITION_RETRYING
+            waiting = None if again else self._standby.take(run_dir, attempt, environ)
+            child = waiting or training_process.start(run_dir, attempt, environ)
         self._unmonitored = child
         if self._killed:
             child.end()

@@ -48,8 +48,10 @@ class Process(Protocol):
 class ChildProcess:
     """A process that this service started."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], *, waited: bool = False) -> None:
         self._process = process
+        self.waited = waited
+        """True if it was a standby process."""
 
     @property
     def pid(self) -> int:

@@ -18,7 +18,7 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from stillhouse.student_trainer.run_dir import RunDir
-from stillhouse.student_trainer.runs.service import serve
+from stillhouse.student_trainer.runs.__main__ import run as run_service
 from stillhouse.student_trainer.runs.settings import RunServiceSettings
 from stillhouse.student_trainer.runs.store.run_state import ENDED
 from stillhouse.student_trainer.runs.store.store import Store
@@ -43,7 +43,7 @@ async def serving(folder: Path, **changes: Any) -> AsyncIterator[str]:
         max_upload_bytes=1_000_000,
         **changes,
     )
-    life = asyncio.create_task(serve(settings))
+    life = asyncio.create_task(run_service(settings))
     try:
         await asyncio.to_thread(wait_until, lambda: address.exists() or life.done(), "it listens")
         if not life.done():

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
+from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
+from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.runs.data_dir import DataDir
 from stillhouse.student_trainer.runs.store.store import Store
-from tests.student_trainer.config.specs import SMALLEST, spec_of
-from tests.student_trainer.runs.api.caller import stub_for, wait_ended
+from stillhouse.student_trainer.runs.supervision import training_process
+from tests.conftest import Models
+from tests.student_trainer.config.specs import SMALLEST, cross_entropy_spec, spec_of
+from tests.student_trainer.runs.api.caller import stub_for, wait_ended, wait_step
 from tests.support.processes import no_process_left
-from tests.support.programs import start_trainer
+from tests.support.programs import WITHOUT_STANDBY, start_program, start_trainer
+from tests.support.runs import wait_until
 
 
 @pytest.mark.parametrize("with_log", [False, True])
@@ -42,3 +51,46 @@ def test_a_run_whose_process_was_never_started_is_queued_again(with_log: bool, t
         run = wait_ended(stub, "runs/aaaaaaaaaaaa")
     assert "--cpu-slots" in run.error.message  # it waited for a slot, and there is none
     assert list(run.attempts) == []
+
+
+@pytest.mark.model
+def test_a_service_that_is_told_to_end_while_it_adopts_runs_stops_them(
+    models: Models, dataset_file: Path, tmp_path: Path
+) -> None:
+    data_dir = tmp_path / "data"
+    spec = cross_entropy_spec(models.student, dataset_file, steps=1_000_000)
+    with no_process_left() as mark:
+        with (
+            start_trainer(data_dir, directory=tmp_path / "1", environment=mark) as first,
+            stub_for(first.target) as stub,
+        ):
+            name = stub.CreateRun(pb.CreateRunRequest(spec=spec)).name
+            wait_step(stub, name, 1)
+            first.process.kill()
+            first.process.wait()
+        # A service adopts no run before the standby processes of an earlier one have ended.
+        left = subprocess.Popen(
+            training_process.standby_command(data_dir),
+            stdin=subprocess.PIPE,
+            env={**os.environ, **training_process.environment_of_child(), **mark},
+        )
+        arguments = ["--data-dir", str(data_dir), "--listen", "127.0.0.1:0", "--stop-runs-on-exit"]
+        with start_program(
+            "trainer",
+            ["stillhouse.student_trainer.runs", *arguments],
+            directory=tmp_path / "2",
+            environment={**mark, **WITHOUT_STANDBY},
+            listens=False,
+        ) as later:
+            service = psutil.Process(later.pid)
+            wait_until(
+                lambda: any(each.status == "LISTEN" for each in service.net_connections()), "it listens"
+            )
+            later.process.send_signal(signal.SIGTERM)
+            left.communicate()
+            code = later.process.wait(60)
+    store = Store.open(data_dir / "stillhouse.db")
+    run = store.get(name.removeprefix("runs/"))
+    store.close()
+    assert (code, run.state) == (0, Run.STATE_STOPPED)
+    assert run.latest_checkpoint

@@ -13,8 +13,9 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import Run, RunSpec
 from stillhouse.student_trainer.config.proto import from_proto, to_proto
 from stillhouse.student_trainer.runs.settings import StandbyMode
 from stillhouse.student_trainer.runs.supervision.device_slots import DeviceSlots
-from stillhouse.student_trainer.runs.supervision.run_expectation import FREE_BYTES, RunExpectation
-from stillhouse.student_trainer.runs.supervision.standby import Expected
+from stillhouse.student_trainer.runs.supervision.first_standby import LEAST_SAMPLE_S, CoreSample
+from stillhouse.student_trainer.runs.supervision.run_expectation import RunExpectation
+from stillhouse.student_trainer.runs.supervision.standby import FREE_BYTES, Expected
 from tests.student_trainer.config.specs import SMALLEST, spec_of
 
 PATIENCE_S = 0.4
@@ -106,7 +107,7 @@ async def test_calls_of_a_program_that_polls_are_no_signs(tmp_path: Path) -> Non
 
 async def test_a_service_that_starts_waits_for_a_run_like_its_newest(tmp_path: Path) -> None:
     run = expectation(tmp_path)
-    await run.start(effective({"student": {"model": "m", "lora": {"rank": 8}}}))
+    await run.start(effective({"student": {"model": "m", "lora": {"rank": 8}}}), CoreSample())
     like = waits(run)
     assert like is not None
     assert like.adapter
@@ -115,9 +116,21 @@ async def test_a_service_that_starts_waits_for_a_run_like_its_newest(tmp_path: P
 
 async def test_a_service_that_starts_amid_other_work_waits_for_a_call(tmp_path: Path) -> None:
     run = expectation(tmp_path, idle_cores=1e6)
-    await run.start(None)
+    await run.start(None, CoreSample())
     assert waits(run) is None
     run.called()
+    assert waits(run) is not None
+    run.close()
+
+
+async def test_the_process_of_a_service_that_starts_stays_where_it_had_a_core_of_its_own(
+    tmp_path: Path,
+) -> None:
+    own_cpu_s = iter((0.0, 1e6))
+    sample = CoreSample(lambda: next(own_cpu_s))
+    await asyncio.sleep(LEAST_SAMPLE_S)
+    run = expectation(tmp_path, idle_cores=1e5)
+    await run.start(None, sample)
     assert waits(run) is not None
     run.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,16 +15,26 @@ import pytest
 
 from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
+from stillhouse.protos.telemetry.host_cores import usable_cores
 from stillhouse.student_trainer.run_dir import RunDir
+from stillhouse.student_trainer.runs.data_dir import DataDir
+from stillhouse.student_trainer.runs.settings import RunServiceSettings, StandbyMode
 from stillhouse.student_trainer.runs.supervision import training_process
-from stillhouse.student_trainer.runs.supervision.run_expectation import FREE_BYTES
-from stillhouse.student_trainer.runs.supervision.standby import Expected, Standby
+from stillhouse.student_trainer.runs.supervision.first_standby import FirstStandby
+from stillhouse.student_trainer.runs.supervision.standby import (
+    FREE_BYTES,
+    TAKE_OVER_S,
+    Expected,
+    Standby,
+    end_leftovers,
+)
 from stillhouse.student_trainer.runs.supervision.training_process import Exit
 from tests.conftest import Models
 from tests.student_trainer.config.specs import SMALLEST, cross_entropy_spec, spec_of
 from tests.student_trainer.runs.api.caller import PATIENCE_S, stub_for, wait_ended, wait_step
 from tests.support.processes import no_process_left
 from tests.support.programs import Program, start_trainer
+from tests.support.runs import wait_until
 
 ENDLESS = 1_000_000
 
@@ -51,6 +62,12 @@ def wait_standby(data_dir: Path, *, besides: Collection[int] = ()) -> psutil.Pro
 
 def oom_score(pid: int) -> int:
     return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
+def threads_of(pid: int) -> int:
+    with contextlib.suppress(psutil.Error):
+        return int(psutil.Process(pid).environ()["OMP_NUM_THREADS"])
+    return 0
 
 
 def training_pid(data_dir: Path, name: str) -> int:
@@ -109,8 +126,13 @@ def test_a_run_takes_the_standby_process_of_a_call_or_of_a_run_before_it(
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_a_run_starts_without_a_standby_process_that_was_killed(
-    trainer_service: Callable[..., Program], models: Models, dataset_file: Path, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_run_starts_without_a_standby_process_that_cannot_take_it(
+    trainer_service: Callable[..., Program],
+    models: Models,
+    dataset_file: Path,
+    tmp_path: Path,
+    number: signal.Signals,
 ) -> None:
     data_dir = tmp_path / "trainer-data"
     with stub_for(trainer_service("--standby", "queue").target) as stub:
@@ -121,11 +143,38 @@ def test_a_run_starts_without_a_standby_process_that_was_killed(
         ).name
         wait_step(stub, first, 1)
         standby = wait_standby(data_dir, besides=[training_pid(data_dir, first)])
-        standby.kill()
+        standby.send_signal(number)
         stub.StopRun(pb.StopRunRequest(name=first))
         run = wait_ended(stub, second)
         assert (run.state, len(run.attempts)) == (Run.STATE_COMPLETED, 1)
         assert training_pid(data_dir, second) != standby.pid
+        assert not psutil.pid_exists(standby.pid)
+
+
+@pytest.mark.model
+def test_a_run_whose_standby_process_is_killed_before_a_step_begins_again_in_a_new_one(
+    trainer_service: Callable[..., Program], models: Models, dataset_file: Path, tmp_path: Path
+) -> None:
+    data_dir = tmp_path / "trainer-data"
+    spec = cross_entropy_spec(models.student, dataset_file, steps=1)
+    with stub_for(trainer_service("--standby", "always").target) as stub:
+        stub.CreateRun(pb.CreateRunRequest(spec=spec, validate_only=True))
+        wait_until(
+            lambda: set(map(threads_of, standby_pids(data_dir))) == {usable_cores()}, "one fits the run"
+        )
+        standby = wait_standby(data_dir)
+        name = stub.CreateRun(pb.CreateRunRequest(spec=spec)).name
+        opened = data_dir / name / "process.json"
+        wait_until(opened.exists, "the run is opened")
+        assert training_pid(data_dir, name) == standby.pid
+        standby.kill()
+        run = wait_ended(stub, name)
+        assert training_pid(data_dir, name) != standby.pid
+    assert (run.state, len(run.attempts)) == (Run.STATE_COMPLETED, 2), run.error.message
+    assert (run.attempts[0].signal, run.attempts[0].last_step) == (signal.SIGKILL, 0)
+    assert "had waited for the run" in run.attempts[0].error.message
+    log = (data_dir / name / "attempts" / "2" / "log").read_text()
+    assert "passes halved" not in log
 
 
 @pytest.mark.model
@@ -200,7 +249,8 @@ def test_a_run_that_a_standby_process_takes_while_its_service_dies_is_adopted(
             standby = wait_standby(data_dir, besides=[training_pid(data_dir, first)])
             standby.suspend()
             stub.StopRun(pb.StopRunRequest(name=first))
-            wait_started(program, second)
+            wait_until((data_dir / second / "attempts" / "1" / "log").exists, "the run is given away")
+            time.sleep(0.2)  # the order follows at once
             program.process.kill()
             program.process.wait()
             standby.resume()
@@ -214,17 +264,6 @@ def test_a_run_that_a_standby_process_takes_while_its_service_dies_is_adopted(
                 other.StopRun(pb.StopRunRequest(name=second))
                 run = wait_ended(other, second)
     assert (run.state, len(run.attempts)) == (Run.STATE_STOPPED, 1)
-
-
-def wait_started(program: Program, name: str) -> None:
-    """Waits until the service says that it has started the run."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not any(
-        '"attempt started"' in line and name.removeprefix("runs/") in line
-        for line in program.log(10**6).splitlines()
-    ):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def expected(environ: dict[str, str]) -> Expected:
@@ -291,3 +330,39 @@ def test_a_standby_process_that_dies_is_not_started_again_before_the_next_run(tm
         assert ended == Exit(code=137, signal=9)
     finally:
         standby.close()
+
+
+def test_a_standby_process_that_does_not_take_its_run_is_ended(tmp_path: Path) -> None:
+    run_dir = RunDir.create(tmp_path / "runs" / "aaaaaaaaaaaa", spec_of(SMALLEST), spec_of(SMALLEST))
+    environ = training_process.environment(devices=(), threads=1, credentials=tmp_path / "none")
+    standby = Standby(tmp_path, take_s=0.2)
+    try:
+        standby.keep(expected(environ))
+        (pid,) = standby_pids(tmp_path)
+        os.kill(pid, signal.SIGSTOP)
+        assert standby.take(run_dir, 1, environ) is None
+        assert not standby_pids(tmp_path)
+    finally:
+        standby.close()
+
+
+@pytest.mark.parametrize("mode", ["off", "queue"])
+def test_a_process_waits_before_there_is_a_service(mode: StandbyMode, tmp_path: Path) -> None:
+    if psutil.virtual_memory().available < FREE_BYTES:
+        pytest.skip("no process waits where memory is short")
+    data_dir = DataDir.open(tmp_path / "data")
+    settings = RunServiceSettings(data_dir=data_dir.path, standby=mode, gpus=())
+    first = FirstStandby.begin(settings, data_dir)
+    try:
+        pids = standby_pids(data_dir.path)
+        assert len(pids) == (mode == "queue")
+        began_s = time.monotonic()
+        end_leftovers(data_dir)  # it is none
+        assert time.monotonic() < began_s + TAKE_OVER_S
+        assert standby_pids(data_dir.path) == pids
+        if pids:
+            wait_until(lambda: first.standby.cpu_s() > 0, "it computes")
+    finally:
+        first.standby.close()
+        data_dir.close()
+    assert not standby_pids(data_dir.path)
