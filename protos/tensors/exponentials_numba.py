@@ -18,7 +18,7 @@ _BLOCK = 1024
 """Logits that are widened at a time, in the first cache: summed in float32, blocks in double precision."""
 _HEADROOM = np.float32(57.0)
 """Binary logarithm of the largest exponential; beyond it a row's reference moves. Far from float32's range."""
-_LOG2_E = np.float32(1.44269504)
+LOG2_E = np.float32(1.44269504)
 # 2^r = 1 + C1 r + ... + C5 r^5 for |r| <= 1/2, to 1e-7 of it: least squares.
 _C1, _C2, _C3 = np.float32(0.69314688), np.float32(0.24022238), np.float32(0.05550893)
 _C4, _C5 = np.float32(0.0096716983), np.float32(0.0013218672)
@@ -43,7 +43,7 @@ def exponentials(
     of a row with NaN or +inf is NaN, and its other values are undefined.
     """
     bits = logits_RV.dtype == np.uint16
-    _replace(logits_RV[rows], bits, np.float32(scale) * _LOG2_E, keep, references_R[rows], sums_R[rows])
+    _replace(logits_RV[rows], bits, np.float32(scale) * LOG2_E, keep, references_R[rows], sums_R[rows])
 
 
 def shares(logits_RV: Any, by_row: Sequence[Any], rows: slice, *, scale: float) -> None:
@@ -68,7 +68,7 @@ def _replace(  # noqa: PLR0917
             if reference == _NOTHING:
                 reference = highest
             elif (highest - reference) * scale > _HEADROOM:
-                factor = _power((reference - highest) * scale)
+                factor = power_of_two((reference - highest) * scale)
                 total *= np.float64(factor)
                 if keep:
                     _multiply(logits_V[:begin], bits, factor)
@@ -97,13 +97,13 @@ def _replace_by_shares(  # noqa: PLR0917
             fetch(logits_V, begin + _BLOCK, _BLOCK)
             for place in range(part.size):
                 logit = block[place]
-                share = rest * _power((logit * scale - log_rest) * _LOG2_E)
-                block[place] = share - plain * _power((logit - log_total) * _LOG2_E)
+                share = rest * power_of_two((logit * scale - log_rest) * LOG2_E)
+                block[place] = share - plain * power_of_two((logit - log_total) * LOG2_E)
             _store(part, bits, block)
 
 
 @_compiled
-def _power(exponent: Any) -> Any:
+def power_of_two(exponent: Any) -> Any:
     """2^exponent in float32 for exponents up to 127, 0 below -125; NaN for NaN and +inf."""
     shifted = np.float32(exponent + _ROUNDING)
     rest = exponent - np.float32(shifted - _ROUNDING)
@@ -117,7 +117,7 @@ def _sum_of_powers(block: Any, count: Any, reference: Any, scale: Any) -> Any:
     wide_vectors()
     total = _ZERO
     for place in range(count):
-        power = _power(np.float32((block[place] - reference) * scale))
+        power = power_of_two(np.float32((block[place] - reference) * scale))
         total += power
         block[place] = power
     return total

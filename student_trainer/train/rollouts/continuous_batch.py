@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from stillhouse.student_trainer.train.rollouts.compiled_step import CompiledStep, compiles
 from stillhouse.student_trainer.train.rollouts.llama_step import LlamaStep
 
 _GROWTH = 64
@@ -85,7 +86,7 @@ def decode(
 
     At most `max_rows` are in the batch at a time, or as many as have `max_tokens` tokens if they are all as long as they
     may become, and one at least. With `lean` the model, for which `llama_step.decodes` must hold, computes tokens beyond the
-    prompts by LlamaStep. The outcome is a function of the arguments.
+    prompts by CompiledStep or LlamaStep. The outcome is a function of the arguments.
     """
     limits: dict[str, Any] = {"max_rows": max_rows, "max_tokens": max_tokens, "device": device}
     told: dict[str, Any] = {"ended": ended, "part_tokens": part_tokens, "advanced": advanced}
@@ -106,14 +107,21 @@ class _KvLayer(DynamicLayer):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
             self._buffers = [self.keys, self.values]
-        length, new = self.keys.shape[-2], key_states.shape[-2]
+        new = key_states.shape[-2]
+        *buffers, length = self.grow(new)
+        for buffer, states in zip(buffers, (key_states, value_states), strict=True):
+            buffer[:, :, length : length + new] = states
+        return self.keys, self.values
+
+    def grow(self, new: int = 1) -> tuple[Tensor, Tensor, int]:
+        """Makes room for `new` tokens: the buffers [B, N, size, D], in which the caller has to fill in theirs, and the tokens before."""
+        length = self.keys.shape[-2]
         if length + new > self._buffers[0].shape[-2]:
             size = length + new + max(_GROWTH, length // 2)
             self._buffers = [_longer(each, length, size) for each in self._buffers]
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, length : length + new] = states
-        self.keys, self.values = (each[:, :, : length + new] for each in self._buffers)
-        return self.keys, self.values
+        keys, values = self._buffers
+        self.keys, self.values = keys[:, :, : length + new], values[:, :, : length + new]
+        return keys, values, length
 
     def select(self, rows: Tensor, length: int) -> None:
         """Keeps `rows`, each with its last `length` tokens."""
@@ -208,7 +216,8 @@ class _Decoding:
         self._takes_positions = "position_ids" in taken
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
         longest = max((row.length for row in rows), default=1)
-        self._lean = LlamaStep(model, longest) if lean else None
+        self._compiled = CompiledStep(model, longest) if lean and compiles(model) else None
+        self._lean = LlamaStep(model, longest) if lean and self._compiled is None else None
         self._starts = np.array([len(row.prompt) for row in rows], np.int64)
         self._rooms = np.array([row.room for row in rows], np.int64)
         self._counts = np.zeros(len(rows), np.int64)
@@ -279,7 +288,9 @@ class _Decoding:
     def _step(self, batch: _Batch) -> None:
         places = self._placed(batch)
         num_keys = batch.num_keys + 1
-        if self._lean is not None:
+        if self._compiled is not None:
+            logits_BV = self._compiled(batch.inputs, places.positions, batch.padding, batch.layers)
+        elif self._lean is not None:
             mask_B11L = None if places.mask is None else places.mask[..., :num_keys]
             logits_BV = self._lean(batch.inputs, places.positions, mask_B11L, batch.layers)
         else:

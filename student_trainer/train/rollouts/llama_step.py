@@ -18,7 +18,7 @@ from stillhouse.student_trainer.train.loss.products import by_onednn, uses_onedn
 _FAMILIES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 _ROTARY = {"default", "linear", "llama3", "yarn"}
 """Kinds of rotary embedding that depend on a token's place alone."""
-_JOINED_WEIGHTS, _MERGED_WEIGHTS = 2**23, 2**26
+MOST_COPIED, _MERGED_WEIGHTS = 2**23, 2**26
 """Weights of a model up to which projections are copied, those of one input side by side, and adapters are added to copies of their
 layers. Those of larger models take longer to read than to start."""
 
@@ -34,7 +34,7 @@ class Memory(Protocol):
 
 def decodes(model: Any) -> bool:
     """True if a causal model's class and settings are those that `LlamaStep` computes, whatever its weights."""
-    plain = _plain(model)
+    plain = plain_model(model)
     if type(plain).__name__ not in _FAMILIES or not type(plain).__module__.startswith("transformers."):
         return False
     body = plain.model
@@ -56,17 +56,11 @@ class LlamaStep:
 
     def __init__(self, model: Any, num_positions: int) -> None:
         """`decodes(model)` must hold, and positions be below `num_positions`; the precision is that of the surrounding autocast."""
-        plain = _plain(model)
+        plain = plain_model(model)
         body = plain.model
         size = sum(each.numel() for each in plain.parameters())
         self._embed = body.embed_tokens
-        weight = self._embed.weight
-        positions = torch.arange(num_positions, device=weight.device).unsqueeze(0)
-        cos, sin = body.rotary_emb(weight, positions)
-        # rotate_half(x) * sin = roll(x) * sin, with the sign of the lower half turned.
-        lower, upper = sin[0].chunk(2, dim=-1)
-        self._turns = torch.stack([cos[0], torch.cat([-lower, upper], dim=-1)], dim=1)
-        """[positions, 2, D]: cosines and sines."""
+        self._turns = turns(body, num_positions)
         self._layers = [_Layer(layer, size) for layer in body.layers]
         self._norm = _Norm(body.norm)
         self._head = _side_by_side([plain.lm_head], size)
@@ -142,14 +136,25 @@ class _Norm:
         return functional.rms_norm(hidden, self._weight.shape, self._weight, self._epsilon)
 
 
-def _plain(model: Any) -> Any:
+def turns(body: Any, num_positions: int) -> Tensor:
+    """Cosines and sines of rotary embedding, [positions, 2, D]: those of the lower half are negative, as it gets what the upper gives."""
+    weight = body.embed_tokens.weight
+    positions = torch.arange(num_positions, device=weight.device).unsqueeze(0)
+    cos, sin = body.rotary_emb(weight, positions)
+    # rotate_half(x) * sin = roll(x) * sin, with the sign of the lower half turned.
+    lower, upper = sin[0].chunk(2, dim=-1)
+    return torch.stack([cos[0], torch.cat([-lower, upper], dim=-1)], dim=1)
+
+
+def plain_model(model: Any) -> Any:
+    """A model without the adapters around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _side_by_side(modules: Sequence[Any], size: int) -> Project:
     """A function that applies linear layers of a model of `size` weights to one input and puts their outputs side by side."""
-    weights = [_weight_of(module) if size <= _MERGED_WEIGHTS else None for module in modules]
-    copies = size <= _JOINED_WEIGHTS
+    weights = [weight_of(module) if size <= _MERGED_WEIGHTS else None for module in modules]
+    copies = size <= MOST_COPIED
     each_alone = [
         module if own is None else _linear(*own, copies=copies)
         for module, own in zip(modules, weights, strict=True)
@@ -183,7 +188,7 @@ def _linear(weight: Tensor, bias: Tensor | None, *, copies: bool) -> Project:
     return lambda hidden: functional.linear(hidden, weight, bias)
 
 
-def _weight_of(module: Any) -> tuple[Tensor, Tensor | None] | None:
+def weight_of(module: Any) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a linear layer, with its plain LoRA adapters added; None for any other."""
     if type(module) is nn.Linear:
         return module.weight, module.bias

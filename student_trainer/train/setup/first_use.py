@@ -25,6 +25,7 @@ def _load_kernels() -> None:
     from stillhouse.protos.tensors import falling_rows, sorted_rows
     from stillhouse.protos.tensors.exponentials_numba import exponentials, shares
     from stillhouse.student_trainer.train.batching.distinct_numba import count_distinct
+    from stillhouse.student_trainer.train.rollouts import llama_layer_numba
 
     one = slice(0, 1)
     for logits_RV in (np.zeros((1, 16), np.float32), np.zeros((1, 16), np.uint16)):  # bfloat16 as bits
@@ -35,3 +36,4 @@ def _load_kernels() -> None:
     count_distinct(ids_TD, ids_TD, np.ones(1, np.bool_), -1)
     falling_rows.prepare()
     sorted_rows.prepare()
+    llama_layer_numba.prepare()
