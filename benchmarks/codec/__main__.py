@@ -1,4 +1,4 @@
-"""Bytes a token, reconstruction KL, and tokens a second on one core, of the forms in which distributions travel.
+"""Bytes a token, reconstruction KL, and tokens a second on one core, of the forms in which distributions and queried ids travel.
 
 Kinds of rows: made-up shapes from flat to sharp, and those of --model at temperatures 1 and 0.5. Rates are of complete
 messages, with every check of a receiver, and of the two arrays of ids and log-probabilities alone, in CPU time of one thread:
@@ -18,6 +18,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import ScoreSequence
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor, TokenDistributions
 from stillhouse.protos.tensors.distributions import (
     Distributions,
@@ -26,6 +27,7 @@ from stillhouse.protos.tensors.distributions import (
     encode_distributions,
     packed_bits,
 )
+from stillhouse.protos.tensors.layout import encode, encode_differences
 from tests.support.model_rows import SHAPES, made_up, of_model
 
 VOCAB_SIZES = (32_000, 151_936)
@@ -37,6 +39,11 @@ FORMS: dict[str, tuple[Tensor.DataType.ValueType, bool]] = {
     "compact": (Tensor.DATA_TYPE_FALLING, True),
 }
 """Type of the logprobs, and whether ids are packed."""
+NUM_LIKELIEST, NUM_QUERIED = 16, 512
+QUERY_FORMS: dict[str, Callable[[NDArray[np.int32]], Tensor]] = {
+    "int32, all columns": encode,
+    "differences": encode_differences,
+}
 TODAY = "packed and float16"
 
 
@@ -61,6 +68,21 @@ class FormResult:
     encode: Rate
     decode: Rate
     decode_arrays: Rate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QueryResult:
+    """Ids that a teacher is queried for, and its answers, in one form."""
+
+    form: str
+    vocab_size: int
+    ids_per_token: float
+    bytes_per_token: float
+    """Of queries and answers."""
+    bytes_asked: float
+    """Of the queries alone."""
+    us_per_token: float
+    """Median CPU time of both ends: a query written, sent through protobuf and read, and its answer."""
 
 
 @click.command()
@@ -113,9 +135,19 @@ def main(*, model: Path | None, top_k: int, runs: int, json_file: Path | None) -
     draws = {size: _draw_bytes(size) for size in VOCAB_SIZES}
     for size, num_bytes in draws.items():
         print(f"{NUM_DRAWS} draws of {size:,} ids: {num_bytes:.1f} bytes/token")
+    queries = [_measure_queries(size, name, runs) for size in VOCAB_SIZES for name in QUERY_FORMS]
+    print(
+        f"\n{'queried ids':20}{'vocabulary':>12}{'ids':>8}{'bytes/token':>12}{'of that up':>12}{'us/token':>12}"
+    )
+    for asked in queries:
+        print(
+            f"{asked.form:20}{asked.vocab_size:12,}{asked.ids_per_token:8.0f}{asked.bytes_per_token:12.0f}"
+            f"{asked.bytes_asked:12.0f}{asked.us_per_token:12.2f}"
+        )
     if json_file:
         kl = {kind: {form: float(each.mean()) for form, each in of.items()} for kind, of in losses.items()}
         content = {"kl": kl, "forms": [asdict(each) for each in results], "draws": draws}
+        content["queries"] = [asdict(each) for each in queries]
         json_file.write_text(json.dumps(content))
 
 
@@ -202,6 +234,58 @@ def _draw_bytes(vocab_size: int, num_rows: int = 512) -> float:
         answer, logprob_dtype=Tensor.DATA_TYPE_FALLING, pack_bits=bits, sort_bits=bits
     )
     return message.ByteSize() / num_rows
+
+
+def _measure_queries(vocab_size: int, form: str, runs: int, num_rows: int = 64) -> QueryResult:
+    """Queries as those of the student's own draws: its likeliest ids, then others that rise, fewer where it is sharp."""
+    generator, write_query = np.random.default_rng(3), QUERY_FORMS[form]
+    rows = np.full((num_rows, NUM_LIKELIEST + NUM_QUERIED), -1, np.int32)
+    for row in rows:
+        used = int(generator.integers(NUM_QUERIED // 2, NUM_QUERIED + 1))
+        ids = generator.choice(vocab_size, NUM_LIKELIEST + used, replace=False)
+        row[:NUM_LIKELIEST] = ids[:NUM_LIKELIEST]
+        row[NUM_LIKELIEST : NUM_LIKELIEST + used] = np.sort(ids[NUM_LIKELIEST:])
+    values = np.where(rows >= 0, -generator.random(rows.shape, np.float32), np.float32(-np.inf))
+    nothing, zeros = np.empty((num_rows, 0)), np.zeros(num_rows, np.float32)
+    answer = Distributions(
+        start=1,
+        token_ids=nothing.astype(np.int32),
+        logprobs=nothing.astype(np.float32),
+        target_logprobs=zeros,
+        log_tail=zeros,
+        query_logprobs=values,
+    )
+    coded = write_query is encode_differences
+
+    def ask() -> bytes:
+        return ScoreSequence(query_token_ids=write_query(rows)).SerializeToString()
+
+    def reply(query: bytes) -> bytes:
+        tensor = ScoreSequence.FromString(query).query_token_ids
+        ids = decode(tensor, field="bench", dtypes=(tensor.dtype,), shape=(num_rows, None))
+        assert ids.min() >= -1
+        assert ids.max() < vocab_size
+        return encode_distributions(answer, queried_ids=ids if coded else None).SerializeToString()
+
+    def both() -> Distributions:
+        return decode_distributions(
+            TokenDistributions.FromString(reply(ask())),
+            vocab_size=vocab_size,
+            max_rows=num_rows,
+            max_top_k=1,
+            queried_ids=rows,
+        )
+
+    np.testing.assert_array_equal(both().query_logprobs, values)
+    num_asked, num_told = len(ask()), len(reply(ask()))
+    return QueryResult(
+        form=form,
+        vocab_size=vocab_size,
+        ids_per_token=float(np.count_nonzero(rows >= 0)) / num_rows,
+        bytes_per_token=(num_asked + num_told) / num_rows,
+        bytes_asked=num_asked / num_rows,
+        us_per_token=1e6 / _rate(both, num_rows, runs).median,
+    )
 
 
 if __name__ == "__main__":

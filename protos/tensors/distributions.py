@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor, TokenDistributions
-from stillhouse.protos.tensors import falling_rows
+from stillhouse.protos.tensors import differences, falling_rows
 from stillhouse.protos.tensors.layout import (
     decode,
     encode,
@@ -135,13 +135,14 @@ def encode_distributions(
     sort_bits: int | None = None,
     sampled_logprob_bits: int = 0,
     pack_block: PackBlock | None = None,
+    queried_ids: NDArray[np.int32] | None = None,
 ) -> TokenDistributions:
     """The message, with logprobs of type `logprob_dtype` and, with `pack_bits`, ids packed to so many bits.
 
     FALLING makes target_logprobs, log_tail and sampled_logprobs FLOAT16, and logprobs that no FALLING holds in fewer bytes.
     With `sort_bits` the samples of a row are sorted, and their ids, below 2^sort_bits, travel as SORTED_UINT. With
     `sampled_logprob_bits` their log-probabilities travel as SCALED_UINT of so many bits. `pack_block` is that of
-    `sorted_rows.pack_sorted`. Raises ValueError for another logprob_dtype.
+    `sorted_rows.pack_sorted`. With `queried_ids` [T, Q] query_logprobs are those of the ids alone. Raises ValueError for another logprob_dtype.
     """
     if logprob_dtype not in _KEPT:
         raise ValueError(f"logprobs cannot be sent as {Tensor.DataType.Name(logprob_dtype)}")
@@ -170,6 +171,8 @@ def encode_distributions(
         elif name == "sampled_logprobs":
             scaled = sampled_logprob_bits
             encoded = encode_scaled(array, bits=scaled) if scaled else encode(array, dtype=plain)
+        elif name == "query_logprobs" and queried_ids is not None:
+            encoded = encode(differences.values_of_ids(array, queried_ids))
         else:
             encoded = encode(array, dtype=plain if falling and name in _OF_ROW else None)
         getattr(message, name).CopyFrom(encoded)
@@ -190,9 +193,17 @@ def _sorted_samples(distributions: Distributions) -> Distributions:
 
 
 def decode_distributions(
-    message: TokenDistributions, *, vocab_size: int, max_rows: int, max_top_k: int
+    message: TokenDistributions,
+    *,
+    vocab_size: int,
+    max_rows: int,
+    max_top_k: int,
+    queried_ids: NDArray[np.int32] | None = None,
+    queried_from: int = 1,
 ) -> Distributions:
     """The arrays of a message from elsewhere, always int32 and float32.
+
+    `queried_ids` [T, Q] are what was queried from position `queried_from` on, if it went out as DIFFERENCES.
 
     Raises StillhouseError(TENSOR_INVALID) where a part is missing, parts disagree on T or K, an id is
     outside [0, vocab_size) or twice in a row, or probabilities exceed what rounding allows, and
@@ -232,7 +243,9 @@ def decode_distributions(
         target_logprobs=_logprobs(message, "target_logprobs", (num_rows,), _HALF_OR_FULL),
         log_tail=log_tail,
         log_partitions=_finite(message, "log_partitions", (num_rows, None)),
-        query_logprobs=_logprobs(message, "query_logprobs", (num_rows, None)) if query else None,
+        query_logprobs=_queried(message, num_rows, queried_ids, message.start - queried_from)
+        if query
+        else None,
         sampled_token_ids=sampled,
         sampled_logprobs=_logprobs(
             message, "sampled_logprobs", sampled.shape, (*_HALF_OR_FULL, Tensor.DATA_TYPE_SCALED_UINT)
@@ -243,6 +256,21 @@ def decode_distributions(
         hidden_states=_finite(message, "hidden_states", (num_rows, None)),
         layer_states=_finite(message, "layer_states", (num_rows, None, None)),
     )
+
+
+def _queried(
+    message: TokenDistributions, num_rows: int, ids: NDArray[np.int32] | None, first: int
+) -> NDArray[np.float32]:
+    """[T, Q]: of each id, or of those alone that row `first` of `ids` and the rows behind it hold."""
+    if ids is None or len(message.query_logprobs.shape) != 1:
+        return _logprobs(message, "query_logprobs", (num_rows, None))
+    ids = ids[first : first + num_rows] if first >= 0 else ids[:0]
+    if len(ids) != num_rows:
+        raise _invalid(
+            "distributions.query_logprobs", f"are of {num_rows} rows, of which {len(ids)} were queried"
+        )
+    count = int(np.count_nonzero(ids >= 0))
+    return differences.values_in_rows(_logprobs(message, "query_logprobs", (count,)), ids)
 
 
 def _part(

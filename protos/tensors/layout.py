@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
-from stillhouse.protos.tensors import bit_packing, falling_rows, scaled_rows, sorted_rows
+from stillhouse.protos.tensors import bit_packing, differences, falling_rows, scaled_rows, sorted_rows
 
 MAX_ELEMENTS = 8 * 1024 * 1024
 """Elements of a tensor that `decode` accepts unless told otherwise: 32 MiB of FLOAT32, the receive limit."""
@@ -34,7 +34,14 @@ _MIN_BITS: dict[Tensor.DataType.ValueType, int] = {
     Tensor.DATA_TYPE_SCALED_UINT: scaled_rows.MIN_BITS,
     Tensor.DATA_TYPE_FALLING: falling_rows.MIN_BITS,
 }
-_OF_ROWS = frozenset({Tensor.DATA_TYPE_SORTED_UINT, Tensor.DATA_TYPE_SCALED_UINT, Tensor.DATA_TYPE_FALLING})
+_OF_ROWS = frozenset(
+    {
+        Tensor.DATA_TYPE_SORTED_UINT,
+        Tensor.DATA_TYPE_SCALED_UINT,
+        Tensor.DATA_TYPE_FALLING,
+        Tensor.DATA_TYPE_DIFFERENCES,
+    }
+)
 """Types of rows [T, K], whose bytes are not those of their elements."""
 _NATURAL: dict[np.dtype[Any], Tensor.DataType.ValueType] = {
     np.dtype(np.int32): Tensor.DATA_TYPE_INT32,
@@ -103,6 +110,12 @@ def encode_falling(rows: NDArray[np.float32], *, bits: int) -> Tensor | None:
     return Tensor(dtype=Tensor.DATA_TYPE_FALLING, shape=rows.shape, data=data, bits=bits)
 
 
+def encode_differences(rows: NDArray[np.int32]) -> Tensor:
+    """Rows [T, Q] of integers from -1 on as DIFFERENCES. Raises ValueError for others."""
+    data = differences.pack_differences(rows)
+    return Tensor(dtype=Tensor.DATA_TYPE_DIFFERENCES, shape=rows.shape, data=data)
+
+
 def decode(
     tensor: Tensor,
     *,
@@ -114,8 +127,8 @@ def decode(
     """The array of a received Tensor, a read-only view of its bytes where possible.
 
     `dtypes` are the types allowed; `shape` is what is expected, None where any size will do.
-    PACKED_UINT comes back as int32, or as int64 if it has 32 bits, SORTED_UINT as int32, and BFLOAT16, SCALED_UINT and
-    FALLING as float32.
+    PACKED_UINT comes back as int32, or as int64 if it has 32 bits, SORTED_UINT and DIFFERENCES as int32, and BFLOAT16,
+    SCALED_UINT and FALLING as float32.
 
     Raises StillhouseError(TENSOR_INVALID), which names `field`, if type, shape and length of the data do not
     agree with each other, with what is expected or with `max_elements`. Nothing is allocated before.
@@ -149,7 +162,7 @@ def decode(
 
 
 def _decode_rows(tensor: Tensor, sizes: tuple[int, ...], field: str) -> NDArray[Any]:
-    """The numbers of SORTED_UINT, SCALED_UINT and FALLING."""
+    """The numbers of SORTED_UINT, SCALED_UINT, FALLING and DIFFERENCES."""
     if len(sizes) != 2:
         raise _invalid(
             field, f"has shape {list(sizes)} with type {_dtype_name(tensor.dtype)}; send [rows, columns]"
@@ -158,6 +171,8 @@ def _decode_rows(tensor: Tensor, sizes: tuple[int, ...], field: str) -> NDArray[
     try:
         if tensor.dtype == Tensor.DATA_TYPE_SORTED_UINT:
             return sorted_rows.unpack_sorted(data, num_rows, num_columns, tensor.bits)
+        if tensor.dtype == Tensor.DATA_TYPE_DIFFERENCES:
+            return differences.unpack_differences(data, num_rows, num_columns)
         if tensor.dtype == Tensor.DATA_TYPE_FALLING:
             return falling_rows.unpack_falling(data, num_rows, num_columns, tensor.bits)
         behind = num_rows * scaled_rows.BOUND_BYTES

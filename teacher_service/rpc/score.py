@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from stillhouse.protos.errors import Reason, StillhouseError, to_status
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
+from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.classes import encode_classes
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.teacher_service.admission.response_budget import CallBudget, response_bytes
-from stillhouse.teacher_service.engine import DistributionOptions
+from stillhouse.teacher_service.engine import DistributionOptions, Int32Array
 from stillhouse.teacher_service.rpc.response_batcher import PART_BYTES, ResponseBatcher, cancel_all
 from stillhouse.teacher_service.rpc.score_validation import (
     WireFormat,
@@ -142,7 +143,7 @@ class ScoreSession:
         # Outside the sequence's timeout: it does not run while the caller does not read.
         await self._unread.reserve(num_bytes)
         try:
-            rows = await self._score(sequence, options, owns_id)
+            rows, queried = await self._score(sequence, options, owns_id)
         except Exception as error:
             self._serving.counters.sequences_refused += 1
             result = teacher_pb2.ScoreResult(sequence_id=sequence_id, error=to_status(error), last=True)
@@ -151,7 +152,7 @@ class ScoreSession:
         self._serving.counters.tokens_scored += rows.num_rows
         self._serving.throughput.scored(self._client, rows.num_rows)
         self._serving.counters.scoring_seconds += time.monotonic() - began
-        for result in _results(sequence_id, rows, options, wire):
+        for result in _results(sequence_id, rows, options, wire, queried):
             part = _ResultPart(result, owns_id, num_bytes if result.last else 0)
             self._batcher.put(part, result.ByteSize())
 
@@ -169,7 +170,8 @@ class ScoreSession:
 
     async def _score(
         self, sequence: teacher_pb2.ScoreSequence, options: DistributionOptions, owns_id: bool
-    ) -> Distributions:
+    ) -> tuple[Distributions, Int32Array | None]:
+        """The sequence's rows, and the ids that were queried as DIFFERENCES."""
         if not owns_id:
             raise invalid_request(
                 f"sequence_id {sequence.sequence_id} is still unanswered. Give concurrent sequences different ids."
@@ -187,7 +189,7 @@ class ScoreSession:
                     self._serving.adapters.use(item.adapter),
                     self._serving.admission.turn(self._client, cost),
                 ):
-                    return await self._serving.engine.score(item)
+                    rows = await self._serving.engine.score(item)
         except TimeoutError as error:
             raise StillhouseError(
                 Reason.ITEM_TIMEOUT,
@@ -195,10 +197,16 @@ class ScoreSession:
                 "longer timeout_ms.",
                 metadata={"timeout_ms": str(timeout_ms)},
             ) from error
+        coded = sequence.query_token_ids.dtype == Tensor.DATA_TYPE_DIFFERENCES
+        return rows, item.query_token_ids if coded else None
 
 
 def _results(
-    sequence_id: int, rows: Distributions, options: DistributionOptions, wire: WireFormat
+    sequence_id: int,
+    rows: Distributions,
+    options: DistributionOptions,
+    wire: WireFormat,
+    queried: Int32Array | None,
 ) -> Iterator[teacher_pb2.ScoreResult]:
     """The messages of a sequence's rows, each of at most PART_BYTES where a row fits into that; the last one says so."""
     if options.classes:
@@ -214,6 +222,6 @@ def _results(
         end = min(begin + step, rows.num_rows)
         yield teacher_pb2.ScoreResult(
             sequence_id=sequence_id,
-            distributions=wire.encode(rows.rows(begin, end)),
+            distributions=wire.encode(rows.rows(begin, end), None if queried is None else queried[begin:end]),
             last=end == rows.num_rows,
         )

@@ -10,7 +10,7 @@ import numpy as np
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor, TokenDistributions
-from stillhouse.protos.tensors import falling_rows
+from stillhouse.protos.tensors import differences, falling_rows
 from stillhouse.protos.tensors.distributions import (
     MAX_COLUMNS,
     MAX_STATES_BYTES,
@@ -36,6 +36,7 @@ _OPTIONAL = {
     teacher_pb2.CAPABILITY_LAYER_STATES: "layer_states",
 }
 _LOGPROB_DTYPES = (Tensor.DATA_TYPE_FLOAT16, Tensor.DATA_TYPE_FLOAT32, Tensor.DATA_TYPE_FALLING)
+_QUERIES = (Tensor.DATA_TYPE_INT32, Tensor.DATA_TYPE_DIFFERENCES)
 _OF_CLASSES = frozenset({"classes", "hidden_layers", "logprob_dtype", "pack_token_ids"})
 """Fields of a DistributionConfig that may be set with classes; the last two change nothing."""
 
@@ -49,8 +50,8 @@ class WireFormat:
     sort_bits: int | None = None
     sampled_logprob_bits: int = 0
 
-    def encode(self, rows: Distributions) -> TokenDistributions:
-        """Encodes rows as a message."""
+    def encode(self, rows: Distributions, queried_ids: Int32Array | None = None) -> TokenDistributions:
+        """Encodes rows as a message; `queried_ids` [T, Q] came as DIFFERENCES."""
         return encode_distributions(
             rows,
             logprob_dtype=self.logprob_dtype,
@@ -58,14 +59,18 @@ class WireFormat:
             sort_bits=self.sort_bits,
             sampled_logprob_bits=self.sampled_logprob_bits,
             pack_block=_compiled_packing() if (self.sort_bits or 0) >= COMPILED_BITS else None,
+            queried_ids=queried_ids,
         )
 
 
 def all_capabilities(info: EngineInfo) -> frozenset[int]:
     """The capabilities of an engine, and of this service for every engine of its kind."""
-    return info.capabilities | (
-        frozenset() if info.class_names else {teacher_pb2.CAPABILITY_COMPACT_LOGPROBS}
-    )
+    if info.class_names:
+        return info.capabilities
+    further = {teacher_pb2.CAPABILITY_COMPACT_LOGPROBS}
+    if teacher_pb2.CAPABILITY_QUERY_LOGPROBS in info.capabilities and differences.are_coded():
+        further.add(teacher_pb2.CAPABILITY_CODED_QUERIES)
+    return info.capabilities | further
 
 
 def prepare_encoding(info: EngineInfo) -> None:
@@ -73,6 +78,7 @@ def prepare_encoding(info: EngineInfo) -> None:
     if info.class_names:
         return
     falling_rows.prepare()
+    differences.prepare()
     bits = packed_bits(info.vocab_size)
     if bits >= COMPILED_BITS:
         _compiled_packing()(np.zeros((1, 1), np.int32), bits)
@@ -354,9 +360,7 @@ def _check_query(tensor: Tensor, num_rows: int, info: EngineInfo) -> Int32Array:
         raise invalid_request(
             f"query_token_ids has {width} ids per position; this teacher takes {info.max_query_tokens}."
         )
-    ids: Int32Array = decode(
-        tensor, field="query_token_ids", dtypes=(Tensor.DATA_TYPE_INT32,), shape=(num_rows, None)
-    )
+    ids: Int32Array = decode(tensor, field="query_token_ids", dtypes=_QUERIES, shape=(num_rows, None))
     if ids.size and not (ids.min() >= -1 and ids.max() < info.vocab_size):
         row, column = np.argwhere((ids < -1) | (ids >= info.vocab_size))[0]
         raise StillhouseError(

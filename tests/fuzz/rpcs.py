@@ -16,6 +16,7 @@ from stillhouse.protos.stillhouse.v1 import run_pb2 as run
 from stillhouse.protos.stillhouse.v1 import teacher_pb2 as teacher
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.distributions import encode
+from stillhouse.protos.tensors.layout import encode_differences
 from tests.fuzz.messages import arbitrary, mutate, structure
 from tests.fuzz.wire import damage, outline
 
@@ -194,7 +195,7 @@ def _score(rng: random.Random, known: Known) -> list[Any]:
             token_ids=_ids(rng, length),
             start=start,
             adapter=rng.choice(["", "", *known.words]),
-            query_token_ids=encode(query) if rng.random() < 0.4 else None,
+            query_token_ids=rng.choice((encode, encode_differences))(query) if rng.random() < 0.4 else None,
         )
         requests.append(teacher.ScoreRequest(sequence=sequence))
     return requests

@@ -8,6 +8,7 @@ import grpc
 
 from benchmarks.distillation.teacher_proxy import TeacherProxy
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
+    CAPABILITY_CODED_QUERIES,
     CAPABILITY_COMPACT_LOGPROBS,
     CAPABILITY_SAMPLED_TOKENS,
     CAPABILITY_STRATIFIED_SAMPLES,
@@ -31,6 +32,7 @@ class _Watch:
             CAPABILITY_SAMPLED_TOKENS: config.num_sampled_tokens > 0,
             CAPABILITY_TAIL_SAMPLES: config.sample_tail,
             CAPABILITY_COMPACT_LOGPROBS: config.logprob_dtype == Tensor.DATA_TYPE_FALLING,
+            CAPABILITY_CODED_QUERIES: request.sequence.query_token_ids.dtype == Tensor.DATA_TYPE_DIFFERENCES,
             CAPABILITY_STRATIFIED_SAMPLES: config.stratified_samples or config.sort_samples,
         }
         assert not any(asked[each] for each in self._hidden), "what the teacher does not give is requested"
@@ -45,7 +47,9 @@ class TeacherWithoutDraws(TeacherProxy):
     def __init__(self, target: str, *hidden: int) -> None:
         """`hidden` are the capabilities to hide, of draws: all by default, and always the later ones."""
         every = hidden or (CAPABILITY_SAMPLED_TOKENS, CAPABILITY_TAIL_SAMPLES)
-        self._hidden = frozenset({*every, CAPABILITY_STRATIFIED_SAMPLES, CAPABILITY_COMPACT_LOGPROBS})
+        self._hidden = frozenset(
+            {*every, CAPABILITY_STRATIFIED_SAMPLES, CAPABILITY_COMPACT_LOGPROBS, CAPABILITY_CODED_QUERIES}
+        )
         super().__init__(target, lambda: _Watch(self._hidden))
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:

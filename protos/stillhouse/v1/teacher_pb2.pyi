@@ -57,6 +57,8 @@ class _CapabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Capability
     """Score computes what a sequence has in common with the beginning of an earlier one only once, so that the parts of a
     text can be scored as they come.
     """
+    CAPABILITY_CODED_QUERIES: _Capability.ValueType  # 14
+    """query_token_ids of type DIFFERENCES."""
 
 class Capability(_Capability, metaclass=_CapabilityEnumTypeWrapper):
     """Capability is an ability that not every engine has."""
@@ -91,6 +93,8 @@ CAPABILITY_PREFIX_REUSE: Capability.ValueType  # 13
 """Score computes what a sequence has in common with the beginning of an earlier one only once, so that the parts of a
 text can be scored as they come.
 """
+CAPABILITY_CODED_QUERIES: Capability.ValueType  # 14
+"""query_token_ids of type DIFFERENCES."""
 Global___Capability: _TypeAlias = Capability  # noqa: Y015
 
 @_typing.final
@@ -1000,7 +1004,9 @@ class ScoreSequence(_message.Message):
 
     @_builtins.property
     def query_token_ids(self) -> _tensor_pb2.Tensor:
-        """INT32 [T - start, Q]: ids to report query_logprobs for, -1 where a row has fewer."""
+        """INT32 or, with CAPABILITY_CODED_QUERIES, DIFFERENCES [T - start, Q]: ids to report query_logprobs for, -1 where a row has
+        fewer.
+        """
 
     @_builtins.property
     def token_type_ids(self) -> _tensor_pb2.Tensor:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/stillhouse/v1/tensor.proto\x12\rstillhouse.v1\"\xe2\x02\n\x06Tensor\x12-\n\x05\x64type\x18\x01 \x01(\x0e\x32\x1e.stillhouse.v1.Tensor.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0c\n\x04\x62its\x18\x04 \x01(\x05\"\xfd\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x01\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x03\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x04\x12\x19\n\x15\x44\x41TA_TYPE_PACKED_UINT\x10\x05\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x06\x12\x19\n\x15\x44\x41TA_TYPE_SORTED_UINT\x10\x07\x12\x19\n\x15\x44\x41TA_TYPE_SCALED_UINT\x10\x08\x12\x15\n\x11\x44\x41TA_TYPE_FALLING\x10\t\"\x93\x04\n\x12TokenDistributions\x12\r\n\x05start\x18\x01 \x01(\x05\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12\'\n\x08logprobs\x18\x03 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12.\n\x0ftarget_logprobs\x18\x04 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12\'\n\x08log_tail\x18\x05 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12-\n\x0elog_partitions\x18\x06 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12-\n\x0equery_logprobs\x18\x07 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12\x30\n\x11sampled_token_ids\x18\x08 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12&\n\x07\x65ntropy\x18\t \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12,\n\rhidden_states\x18\n \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12/\n\x10sampled_logprobs\x18\x0b \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12+\n\x0clayer_states\x18\x0c \x01(\x0b\x32\x15.stillhouse.v1.Tensorb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/stillhouse/v1/tensor.proto\x12\rstillhouse.v1\"\xfd\x02\n\x06Tensor\x12-\n\x05\x64type\x18\x01 \x01(\x0e\x32\x1e.stillhouse.v1.Tensor.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0c\n\x04\x62its\x18\x04 \x01(\x05\"\x98\x02\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x01\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x03\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x04\x12\x19\n\x15\x44\x41TA_TYPE_PACKED_UINT\x10\x05\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x06\x12\x19\n\x15\x44\x41TA_TYPE_SORTED_UINT\x10\x07\x12\x19\n\x15\x44\x41TA_TYPE_SCALED_UINT\x10\x08\x12\x15\n\x11\x44\x41TA_TYPE_FALLING\x10\t\x12\x19\n\x15\x44\x41TA_TYPE_DIFFERENCES\x10\n\"\x93\x04\n\x12TokenDistributions\x12\r\n\x05start\x18\x01 \x01(\x05\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12\'\n\x08logprobs\x18\x03 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12.\n\x0ftarget_logprobs\x18\x04 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12\'\n\x08log_tail\x18\x05 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12-\n\x0elog_partitions\x18\x06 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12-\n\x0equery_logprobs\x18\x07 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12\x30\n\x11sampled_token_ids\x18\x08 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12&\n\x07\x65ntropy\x18\t \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12,\n\rhidden_states\x18\n \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12/\n\x10sampled_logprobs\x18\x0b \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12+\n\x0clayer_states\x18\x0c \x01(\x0b\x32\x15.stillhouse.v1.Tensorb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,9 +32,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stillhouse.protos.stillhous
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TENSOR']._serialized_start=53
-  _globals['_TENSOR']._serialized_end=407
+  _globals['_TENSOR']._serialized_end=434
   _globals['_TENSOR_DATATYPE']._serialized_start=154
-  _globals['_TENSOR_DATATYPE']._serialized_end=407
-  _globals['_TOKENDISTRIBUTIONS']._serialized_start=410
-  _globals['_TOKENDISTRIBUTIONS']._serialized_end=941
+  _globals['_TENSOR_DATATYPE']._serialized_end=434
+  _globals['_TOKENDISTRIBUTIONS']._serialized_start=437
+  _globals['_TOKENDISTRIBUTIONS']._serialized_end=968
 # @@protoc_insertion_point(module_scope)

@@ -64,6 +64,12 @@ class Tensor(_message.Message):
         level l if bit l + k is set, and the first on level 0. Rows without numbers have no bytes. protos/tensors/falling_rows.py
         has the places of the levels. Only where the request allows it.
         """
+        DATA_TYPE_DIFFERENCES: Tensor._DataType.ValueType  # 10
+        """Integers from -1 to 2^31 - 1 in rows [T, Q], in any order: one that is greater than its predecessor, -1 before the first, as
+        their difference; another one as 0 and then the number + 2; and 0, 0 for -1 in the rest of the row. Each of these takes
+        1 byte up to 240, 2 up to 2,287, 3 up to 67,823, else 4 or 5. protos/tensors/differences_numba.py has the bytes. Only
+        for query_token_ids.
+        """
 
     class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
         """DataType is an element type. A new one needs a value here and a line in the codec."""
@@ -96,6 +102,12 @@ class Tensor(_message.Message):
     FLOAT16, then of every row a bitmap of K + 2^bits - 1 bits, lowest bit first, that begins on a byte: number k stands on
     level l if bit l + k is set, and the first on level 0. Rows without numbers have no bytes. protos/tensors/falling_rows.py
     has the places of the levels. Only where the request allows it.
+    """
+    DATA_TYPE_DIFFERENCES: Tensor.DataType.ValueType  # 10
+    """Integers from -1 to 2^31 - 1 in rows [T, Q], in any order: one that is greater than its predecessor, -1 before the first, as
+    their difference; another one as 0 and then the number + 2; and 0, 0 for -1 in the rest of the row. Each of these takes
+    1 byte up to 240, 2 up to 2,287, 3 up to 67,823, else 4 or 5. protos/tensors/differences_numba.py has the bytes. Only
+    for query_token_ids.
     """
 
     DTYPE_FIELD_NUMBER: _builtins.int
@@ -181,7 +193,9 @@ class TokenDistributions(_message.Message):
 
     @_builtins.property
     def query_logprobs(self) -> Global___Tensor:
-        """FLOAT32 [T, Q]: log-probabilities of the ids that the caller named for each position; -inf where it padded with -1."""
+        """FLOAT32 [T, Q]: log-probabilities of the ids that the caller named for each position; -inf where it padded with -1. Of
+        query_token_ids that came as DIFFERENCES FLOAT32 [N]: those of the ids that are not -1, row after row.
+        """
 
     @_builtins.property
     def sampled_token_ids(self) -> Global___Tensor:

@@ -22,7 +22,7 @@ def load_first_use() -> None:
 
 def _load_kernels() -> None:
     """Calls the compiled loops of an answer and a step once; their first call loads numba's compiler."""
-    from stillhouse.protos.tensors import falling_rows, sorted_rows
+    from stillhouse.protos.tensors import differences, falling_rows, sorted_rows
     from stillhouse.protos.tensors.exponentials_numba import exponentials, shares
     from stillhouse.student_trainer.train.batching.distinct_numba import count_distinct
     from stillhouse.student_trainer.train.rollouts import llama_layer_numba
@@ -34,6 +34,7 @@ def _load_kernels() -> None:
         shares(logits_RV, [np.zeros(1, np.float32)] * 4, one, scale=1.0)
     ids_TD = np.zeros((1, 1), np.int32)
     count_distinct(ids_TD, ids_TD, np.ones(1, np.bool_), -1)
+    differences.prepare()
     falling_rows.prepare()
     sorted_rows.prepare()
     llama_layer_numba.prepare()

@@ -15,6 +15,7 @@ import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
+    CAPABILITY_CODED_QUERIES,
     CAPABILITY_LOG_PARTITIONS,
     CAPABILITY_QUERY_LOGPROBS,
     CAPABILITY_SAMPLED_TOKENS,
@@ -217,6 +218,10 @@ class TeacherClient:
         """Fingerprint of the tokenizer of its queries: the student's, or its own where that is foreign."""
         demands = self._demands
         return self.info.tokenizer_fingerprint if demands.bridged else demands.tokenizer_fingerprint
+
+    def reads_coded_queries(self, target: str) -> bool:
+        """True if one of its services, as it was last checked, takes queried ids as DIFFERENCES."""
+        return CAPABILITY_CODED_QUERIES in self._seen[target].capabilities
 
     @property
     def template_date(self) -> str:

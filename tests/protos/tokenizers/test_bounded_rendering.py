@@ -6,12 +6,14 @@ import contextlib
 import sys
 import threading
 import time
+from pathlib import Path
 
 import jinja2
 import pytest
 
 from stillhouse.protos.tokenizers import bounded_rendering as bounds
 from stillhouse.protos.tokenizers.bounded_rendering import RenderingTooLarge, bounded_rendering
+from stillhouse.protos.tokenizers.bounded_templates import BoundedEnvironment
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
@@ -21,6 +23,31 @@ def test_a_template_that_loops_is_ended() -> None:
     with pytest.raises(RenderingTooLarge, match=r"still runs after 0\.2 s"), bounded_rendering(0.2):
         jinja2.Template(LOOP).render()
     assert time.thread_time() - began < 5
+
+
+def test_a_template_that_gathers_texts_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_GROWTH_BYTES", 1 << 27)
+    gather = "{% set found = namespace(all=[]) %}{% for i in range(9999) %}{% set found.all = found.all + ['a' * 9999999 ~ i] %}{% endfor %}"
+    template = BoundedEnvironment().from_string(gather)
+    before = bounds._resident_bytes()
+    with pytest.raises(RenderingTooLarge, match="takes more than 128 MiB of memory"), bounded_rendering():
+        template.render()
+    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
+    assert peak - before < 4 << 30
+    assert bounds._resident_bytes() - before < 1 << 29, "it is given back"
+
+
+def test_a_process_that_grew_before_does_not_end_a_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    with bounded_rendering():
+        pass  # the watcher is there
+    monkeypatch.setattr(bounds, "MAX_GROWTH_BYTES", 1 << 27)
+    held = bytearray(b"a") * (1 << 28)
+    time.sleep(0.3)
+    began = time.thread_time()
+    with bounded_rendering():
+        while time.thread_time() - began < 0.3:
+            pass
+    assert len(held) == 1 << 28
 
 
 @pytest.mark.parametrize("traced", [False, True])

@@ -11,9 +11,18 @@ import pytest
 
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
-from stillhouse.protos.tensors.distributions import LEVEL_BITS, decode_distributions, packed_bits
+from stillhouse.protos.tensors.distributions import (
+    LEVEL_BITS,
+    Distributions,
+    decode_distributions,
+    packed_bits,
+)
 from stillhouse.protos.tensors.falling_rows import row_bytes
+from stillhouse.protos.tensors.layout import encode, encode_differences
+from stillhouse.teacher_service.engine import DistributionOptions
+from stillhouse.teacher_service.rpc import score
 from stillhouse.teacher_service.rpc.response_batcher import LINGER_S
+from stillhouse.teacher_service.rpc.score_validation import WireFormat
 from tests.support.programs import Program
 from tests.teacher_service.calls import Teacher, distribution_config, prompt, random_ids, sequence
 
@@ -132,3 +141,74 @@ def test_concurrent_samples_share_messages(teacher: Teacher) -> None:
     for response in responses:
         keys = [(chunk.prompt_index, chunk.sample_index) for chunk in response.chunks]
         assert len(keys) == len(set(keys))
+
+
+def queried(teacher: Teacher, query: Tensor, num_rows: int = ROWS) -> list[Any]:
+    """Results about the last `num_rows` of a sequence, with queried ids."""
+    one = sequence(random_ids(ROWS + 1), start=ROWS + 1 - num_rows)
+    one.query_token_ids.CopyFrom(query)
+    requests = [
+        teacher_pb2.ScoreRequest(config=distribution_config(1)),
+        teacher_pb2.ScoreRequest(sequence=one),
+    ]
+    return [result for response in teacher.stub.Score(iter(requests)) for result in response.results]
+
+
+def query_logprobs(teacher: Teacher, results: list[Any], ids: Any = None) -> Any:
+    parts = [
+        decode_distributions(
+            each.distributions,
+            vocab_size=teacher.info.vocab_size,
+            max_rows=ROWS,
+            max_top_k=1,
+            queried_ids=ids,
+        )
+        for each in results
+    ]
+    return Distributions.concat(parts).query_logprobs
+
+
+def test_coded_queries_are_answered_with_the_values_of_their_ids(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert teacher_pb2.CAPABILITY_CODED_QUERIES in teacher.info.capabilities
+    generator, size = np.random.default_rng(0), teacher.info.vocab_size
+    ids = np.full((ROWS, teacher.info.max_query_tokens), -1, np.int32)
+    for row in ids[1:]:
+        row[:4] = generator.integers(-1, size, 4)
+        used = int(generator.integers(size // 2))
+        row[4 : 4 + used] = np.sort(generator.choice(size, used, replace=False))
+    expected = query_logprobs(teacher, queried(teacher, encode(ids)))
+    results = queried(teacher, encode_differences(ids))
+    assert all(len(each.distributions.query_logprobs.shape) == 1 for each in results)
+    found = query_logprobs(teacher, results, ids)
+    np.testing.assert_array_equal(found, expected)
+
+    monkeypatch.setattr(score, "PART_BYTES", 20_000)
+    rows = decode_distributions(
+        results[0].distributions, vocab_size=size, max_rows=ROWS, max_top_k=1, queried_ids=ids
+    )
+    wire = WireFormat(logprob_dtype=Tensor.DATA_TYPE_FLOAT32, pack_bits=None)
+    parts = list(score._results(7, rows, DistributionOptions(top_k=1), wire, ids[: rows.num_rows]))
+    assert len(parts) > 5
+    np.testing.assert_array_equal(query_logprobs(teacher, parts, ids), found[: rows.num_rows])
+
+
+@pytest.mark.parametrize(
+    ("data", "shape", "said"),
+    [
+        (b"\5\xf9\1\0", (1, 2), "query_token_ids[0, 1] is 2548; this model has ids in [0, "),
+        (b"\5", (1, 2), "has 1 bytes of data, and its rows need more"),
+        (b"\5\7\1", (1, 2), "of which 2 are used"),
+        (b"\5\xff", (1, 2), "stands for no number"),
+        (b"\5\7", (2, 1), "has shape [2, 1]; send [1, any]"),
+        (b"\0\0", (1, 1025), "this teacher takes 1024"),
+    ],
+)
+def test_hostile_queries_are_refused_in_one_sentence(
+    teacher: Teacher, data: bytes, shape: tuple[int, int], said: str
+) -> None:
+    query = Tensor(dtype=Tensor.DATA_TYPE_DIFFERENCES, shape=shape, data=data)
+    (result,) = queried(teacher, query, num_rows=1)
+    assert said in result.error.message
+    assert result.last

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,11 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     ScoreResult,
     ScoreSequence,
 )
+from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.classes import decode_classes
+from stillhouse.protos.tensors.differences import are_coded
 from stillhouse.protos.tensors.distributions import Distributions, decode_distributions, encode
+from stillhouse.protos.tensors.layout import encode_differences
 from stillhouse.student_trainer.train.batching.collate import sent_states
 from stillhouse.student_trainer.train.teacher.endpoints import Endpoint
 from stillhouse.student_trainer.train.teacher.query import TeacherQuery
@@ -42,7 +45,8 @@ class ScoreStream(TeacherStream[TeacherQuery, Distributions]):
         parts: dict[int, list[Distributions]] = {}
         classes: dict[int, list[ClassDistribution]] = {}
         with endpoint.errors():
-            stream = endpoint.stub().Score(self._requests(call))
+            coded = are_coded() and self._teacher.reads_coded_queries(endpoint.target)
+            stream = endpoint.stub().Score(self._requests(call, encode_differences if coded else encode))
             call.on_cancel(stream.cancel)
             try:
                 for response in stream:
@@ -54,7 +58,9 @@ class ScoreStream(TeacherStream[TeacherQuery, Distributions]):
             finally:
                 stream.cancel()
 
-    def _requests(self, call: Call[TeacherQuery, Distributions]) -> Iterator[ScoreRequest]:
+    def _requests(
+        self, call: Call[TeacherQuery, Distributions], encode_queried: Callable[[NDArray[np.int32]], Tensor]
+    ) -> Iterator[ScoreRequest]:
         """Yields the configuration, then sequences as the service is given them; read by a thread of gRPC."""
         yield ScoreRequest(config=self._config)
         while (found := call.next_item()) is not None:
@@ -66,7 +72,7 @@ class ScoreStream(TeacherStream[TeacherQuery, Distributions]):
                     token_ids=encode(asked.token_ids),
                     start=0 if self._config.classes else asked.start,
                     adapter=self._teacher.config.adapter,
-                    query_token_ids=None if queried is None else encode(queried),
+                    query_token_ids=None if queried is None else encode_queried(queried),
                     token_type_ids=None if types is None else encode(types),
                 )
             )
@@ -100,6 +106,8 @@ class ScoreStream(TeacherStream[TeacherQuery, Distributions]):
             vocab_size=self._teacher.info.vocab_size,
             max_rows=asked.num_rows,
             max_top_k=self._config.top_k,
+            queried_ids=asked.query_token_ids,
+            queried_from=asked.start,
         )
         if not result.last:
             parts.setdefault(sequence_id, []).append(part)

@@ -8,17 +8,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.distillation.teacher_proxy import TeacherProxy
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rpc import tokens as auth_tokens
 from stillhouse.protos.rpc.pool import service_pool
 from stillhouse.protos.rpc.pool.load_balancing import Load
 from stillhouse.protos.rpc.tokens import Scope
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import CAPABILITY_CODED_QUERIES, ScoreRequest, ScoreResponse
+from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.student_trainer.config.proto import from_proto
@@ -49,6 +53,7 @@ from tests.student_trainer.train.runs import (
 from tests.support.networks.tcp_proxy import TcpProxy
 from tests.support.processes import no_process_left
 from tests.support.programs import Program, start_teacher
+from tests.support.teacher_without_draws import TeacherWithoutDraws
 
 DEADLINE_S = 60.0
 QUESTIONS = [
@@ -344,3 +349,43 @@ def test_a_teacher_that_was_never_reached_is_given_up_with_the_time_that_it_had(
     assert caught.value.reason is Reason.TEACHER_UNREACHABLE
     assert str(caught.value).startswith("No teacher was reached within 0.3 s, the longest wait of a run")
     assert "No teacher answers at 127.0.0.1:9" in str(caught.value)
+
+
+def test_queried_ids_go_out_coded_and_plain_to_a_teacher_that_does_not_read_that(
+    world: World, hf_teacher: Program
+) -> None:
+    generator, answers = np.random.default_rng(5), {}
+    forms: dict[str, set[int]] = {}
+
+    class Watch:
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def request(self, request: ScoreRequest) -> None:
+            if request.HasField("sequence"):
+                forms.setdefault(self._name, set()).add(request.sequence.query_token_ids.dtype)
+
+        def response(self, response: ScoreResponse) -> ScoreResponse:
+            return response
+
+    queries = [
+        replace(each, query_token_ids=generator.integers(-1, 384, (each.num_rows, 40)).astype(np.int32))
+        for each in QUESTIONS
+    ]
+    with (
+        TeacherWithoutDraws(hf_teacher.target, CAPABILITY_CODED_QUERIES) as before,
+        TeacherProxy(before.target, lambda: Watch("before")) as watched,
+        TeacherProxy(hf_teacher.target, lambda: Watch("now")) as direct,
+    ):
+        for target in (watched.target, direct.target):
+            teacher, patience, _ = world.connect([target])
+            stream = world.scores(teacher)
+            for number, each in enumerate(queries):
+                stream.submit(number, each)
+            answers[target] = [stream.get_result(number, patience) for number in range(len(queries))]
+            stream.close()
+    assert forms == {"before": {Tensor.DATA_TYPE_INT32}, "now": {Tensor.DATA_TYPE_DIFFERENCES}}
+    for old, new in zip(*answers.values(), strict=True):
+        assert old.query_logprobs is not None
+        np.testing.assert_array_equal(np.isneginf(old.query_logprobs), np.isneginf(new.query_logprobs))
+        np.testing.assert_allclose(old.query_logprobs, new.query_logprobs, atol=1e-5)
