@@ -91,6 +91,9 @@ class TargetChoice:
         room = min(OWN_DRAWS, queried - loss.least_top_k)
         if room < min(OWN_DRAWS, LEAST_SAMPLES):
             return None
+        if loss.num_samples is None and room < OWN_DRAWS:
+            of = "the teacher takes" if queried == max_query_tokens else "so long a text may have"
+            why = f"{why}; {room} draws in the place of {OWN_DRAWS}, as {of} {queried} queried ids a position"
         return cls(
             sparse_target=STUDENT_TAIL,
             top_k=loss.least_top_k,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.config.rules.contexts import needs_query, rollout_services
 from stillhouse.student_trainer.config.rules.loss import STUDENT_TAIL
 from stillhouse.student_trainer.config.schema import ContextConfig, StudentContextConfig, TeacherContextConfig
@@ -88,14 +87,6 @@ class FeedFactory:
         self.scope.stack.callback(targets.close)
         top_k = min(loss.least_top_k, teachers.max_query_tokens) if queries_top_k else 0
         num_draws = (loss.num_samples or 0) if loss.sparse_target == STUDENT_TAIL else 0
-        if num_draws and top_k + num_draws > teachers.max_query_tokens:
-            room = max(teachers.max_query_tokens - top_k, 0)
-            raise StillhouseError(
-                Reason.INVALID_SPEC,
-                f"loss.num_samples is {num_draws}: with {top_k} likeliest tokens of the student that is more ids a position than "
-                f"the {teachers.max_query_tokens} that this teacher may be queried for. Set it to at most {room}, or start the "
-                "teacher with a larger --max-query-tokens.",
-            )
         gate = WarmStart(
             config.min_teacher_logprob,
             vocab_size=self.student_side.vocab_size,

@@ -47,6 +47,12 @@ from stillhouse.student_trainer.train.teacher.identity import (
 )
 from stillhouse.student_trainer.train.teacher.prompt_limits import check_prompt_limit, longest_prompted
 from stillhouse.student_trainer.train.teacher.query import TeacherQuery
+from stillhouse.student_trainer.train.teacher.service_limits import (
+    QueriedDraws,
+    check_queried_draws,
+    common,
+    queried_draws,
+)
 from stillhouse.student_trainer.train.teacher.tokenizer_compat import (
     Verdict,
     compare,
@@ -63,7 +69,6 @@ _DRAW_CAPABILITIES = {
 """Capability that a target needs; other draws need CAPABILITY_SAMPLED_TOKENS. A greater one includes the lesser ones."""
 FIRST_CONTACT_S = 15.0
 """Seconds to wait for a teacher that was never reached in this run; later ones get retry.teacher_wait_s."""
-_LIMITS = ("max_sequence_tokens", "max_top_k", "max_query_tokens", "max_prompts", "max_inflight_sequences")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +93,8 @@ class Demands:
     """Place in the run file of a loss whose targets the teacher samples; empty if none has such."""
     draws_capability: Capability.ValueType
     """Capability that these need."""
+    queried_draws: Sequence[QueriedDraws] = ()
+    """Draws of the student that the teacher is queried for."""
     longest: Example
     """The longest example."""
     longest_prompted: Mapping[str, TeacherQuery] = field(default_factory=dict)
@@ -138,6 +145,7 @@ class Demands:
             query_field=query_loss_path(config),
             draws_field=drawn[-1],
             draws_capability=draws_capability,
+            queried_draws=queried_draws(config),
             longest=corpus.longest,
             longest_prompted=longest_prompted(config, corpus),
             largest=corpus.largest,
@@ -332,18 +340,6 @@ def _why_not(endpoint: Endpoint) -> StillhouseError | None:
     return None
 
 
-def common(infos: Sequence[GetTeacherInfoResponse]) -> GetTeacherInfoResponse:
-    """Merges the information of a model's services: the least of each limit, and the capabilities of all."""
-    merged = GetTeacherInfoResponse()
-    merged.CopyFrom(infos[0])
-    for name in _LIMITS:
-        setattr(merged, name, min(getattr(info, name) for info in infos))
-    every = set(merged.capabilities).intersection(*(info.capabilities for info in infos))
-    merged.ClearField("capabilities")
-    merged.capabilities.extend(sorted(every))
-    return merged
-
-
 def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str, name: str = "") -> None:
     """Returns if the teacher `name` meets `demands`; raises as `TeacherClient.connect` does, with limit and remedy."""
     require_kind(info, target, classes=demands.classes)
@@ -365,6 +361,7 @@ def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str, n
             "to policy_gradient, which every engine serves, or start the teacher with --engine hf.",
             metadata={"capability": "CAPABILITY_QUERY_LOGPROBS"},
         )
+    check_queried_draws(demands.queried_draws, info, target)
     draws = demands.draws_capability
     if demands.draws_field and draws not in info.capabilities:
         raise StillhouseError(

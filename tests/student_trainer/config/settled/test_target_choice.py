@@ -170,6 +170,10 @@ def test_the_student_draws_as_much_as_the_teacher_may_be_queried_for(
 ) -> None:
     choice = TargetChoice.own_draws(loss, "why", max_query_tokens=room, max_new_tokens=longest)
     assert (choice and (choice.top_k, choice.num_samples)) == expected
+    if choice is not None:
+        assert ("in the place of 512" in choice.sparse_target_reason) == (
+            expected in {(16, 240), (16, 54), (16, 208)}
+        )
 
 
 def test_named_targets_keep_their_defaults() -> None:

@@ -28,7 +28,7 @@ from tests.student_trainer.train.runs import (
     metric,
     spec_of,
 )
-from tests.support.programs import Program
+from tests.support.programs import Program, start_teacher
 
 REVERSE_KL = {"terms": [{"divergence": "reverse_kl"}], "top_k": 16}
 POLICY_GRADIENT = {"terms": [{"divergence": "reverse_kl", "estimator": "policy_gradient"}], "top_k": 16}
@@ -174,9 +174,35 @@ def test_more_draws_than_a_teacher_may_be_queried_for_are_refused_before_the_fir
         spec(student_context({**REVERSE_KL, "sparse_target": "student_tail", "num_samples": 1020})),
         code=EXIT_FAILED,
     )
-    assert failure(run_dir).startswith("loss.num_samples is 1020: with 16 likeliest tokens")
+    assert "contexts[0].loss.num_samples is 1020: with 16 likeliest tokens" in failure(run_dir)
     assert "Set it to at most 1008" in failure(run_dir)
     assert not metric(run_dir, "train/loss")
+
+
+def test_defaults_draw_as_much_as_a_teacher_takes_and_say_so_and_a_number_of_ones_own_is_refused_at_once(
+    run: Run, spec: Any, models: Models, tmp_path: Path
+) -> None:
+    teacher = start_teacher(
+        models.teacher, engine="hf", directory=tmp_path / "teacher", options=["--max-query-tokens", "200"]
+    )
+    try:
+        usual, named = (
+            spec(student_context({"terms": REVERSE_KL["terms"], **more}))
+            for more in ({}, {"num_samples": 512})
+        )
+        for each in (usual, named):
+            each["teachers"] = [{"targets": [teacher.target]}]
+        settled = run(usual).effective_spec().contexts[0].loss
+        refused = run(named, code=EXIT_FAILED)
+    finally:
+        teacher.stop()
+    assert (settled.sparse_target, settled.top_k, settled.num_samples) == ("student_tail", 16, 184)
+    assert (
+        "184 draws in the place of 512, as the teacher takes 200 queried ids" in settled.sparse_target_reason
+    )
+    assert "contexts[0].loss.num_samples is 512: with 16 likeliest tokens" in failure(refused)
+    assert "Set it to at most 184" in failure(refused)
+    assert not metric(refused, "train/loss")
 
 
 MIXED = (
