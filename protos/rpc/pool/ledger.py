@@ -18,6 +18,11 @@ REFUSED_RETRY_S = 20.0
 MAX_LOSSES = 100
 """Losses that wait to be reported; older ones are dropped."""
 
+LEAST_LATE_S = 1.0
+"""Time that an item has at least before it is late."""
+NUM_TIMED, LEAST_TIMED = 64, 8
+"""Last answers of a replica whose times are kept, and the fewest that tell how long it takes."""
+
 Answer = TypeVar("Answer")
 
 
@@ -30,6 +35,10 @@ class Task(Generic[Item, R]):
     attempts: int = 0
     member: Member[R] | None = None
     """The replica that has it."""
+    since_s: float = 0.0
+    """Time at which it got it."""
+    is_answered: bool = False
+    """Its answer is there, though not yet stored."""
 
 
 @dataclass(eq=False, slots=True)
@@ -54,6 +63,8 @@ class Member(Generic[R]):
     """Error of its last break."""
     refused: StillhouseError | None = None
     """The same, if it cannot recover by itself."""
+    times_s: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_TIMED))
+    """Times that its last answers took."""
     num_threads: int = 0
     num_busy: int = 0
     """Threads in a call or a probe; these fields are the pool's."""
@@ -127,16 +138,43 @@ class Ledger(Generic[Item, Answer, R]):
             if not members:
                 self._wait(chunk)
                 return
-            member = members[earliest_finish([each.replica.load for each in members], cost)]
-            if not member.num_owed:
-                member.last_answer_s = self._clock.now_s()
-            for item_id in chunk:
-                task = self.tasks[item_id]
-                task.member = member
-                member.num_owed += 1
-                member.replica.load.assign(task.cost)
-                heapq.heappush(member.queue, item_id)
-            self._on_change(member)
+            self._give(chunk, members)
+
+    def take_late(self) -> dict[Member[R], list[int]]:
+        """Gives free replicas the items for which others take far longer than they do; returns these by the replica that had them."""
+        free = [
+            each
+            for each in self.members
+            if each.is_open and not each.num_owed and len(each.times_s) >= LEAST_TIMED
+        ]
+        late: dict[Member[R], list[int]] = {}
+        if not free:
+            return late
+        limit_s = max(LEAST_LATE_S, self._options.late * min(max(each.times_s) for each in free))
+        now_s = self._clock.now_s()
+        for item_id, task in self.tasks.items():
+            if task.member is not None and not task.is_answered and now_s - task.since_s > limit_s:
+                late.setdefault(task.member, []).append(item_id)
+        for member, item_ids in late.items():
+            member.queue = sorted(set(member.queue).difference(item_ids))
+            for item_id in item_ids:
+                self._withdraw(self.tasks[item_id])
+                self._give([item_id], free)
+        return late
+
+    def _give(self, item_ids: Sequence[int], members: Sequence[Member[R]]) -> None:
+        """Gives items together to one of some replicas."""
+        cost = sum(self.tasks[each].cost for each in item_ids)
+        member = members[earliest_finish([each.replica.load for each in members], cost)]
+        if not member.num_owed:
+            member.last_answer_s = self._clock.now_s()
+        for item_id in item_ids:
+            task = self.tasks[item_id]
+            task.member, task.since_s = member, self._clock.now_s()
+            member.num_owed += 1
+            member.replica.load.assign(task.cost)
+            heapq.heappush(member.queue, item_id)
+        self._on_change(member)
 
     def take(self, member: Member[R], fits: Callable[[Item], bool]) -> dict[int, Item]:
         """Removes the items that `fits` accepts from a replica's queue: they are sent."""
@@ -159,6 +197,7 @@ class Ledger(Generic[Item, Answer, R]):
             member.num_owed -= 1
             member.num_breaks = member.num_same = 0
             member.last_answer_s = self._last_answer_s = self._clock.now_s()
+            member.times_s.append(member.last_answer_s - task.since_s)
             member.replica.load.complete(task.cost)
         self._results[item_id] = answer, task.cost
         self._on_change(None)

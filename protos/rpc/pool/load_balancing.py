@@ -28,6 +28,7 @@ class Load:
     """Items that it had and that were taken back unanswered."""
     num_breaks: int = 0
     """Losses of the replica while it was in use."""
+    _total_busy_s: float = 0.0
     _done_cost: float = 0.0
     _busy_s: float = 0.0
     _seen_s: float = field(init=False)
@@ -59,6 +60,12 @@ class Load:
             self._age()
             return self._done_cost, self._busy_s
 
+    def busy_s(self) -> float:
+        """Seconds so far in which something was outstanding."""
+        with self._lock:
+            self._age()
+            return self._total_busy_s
+
     def _move(self, cost: int, count: int) -> None:
         with self._lock:
             self._age()
@@ -71,7 +78,9 @@ class Load:
         self._seen_s = now_s
         kept = 0.5 ** (passed_s / HALF_LIFE_S)
         self._done_cost *= kept
-        self._busy_s = self._busy_s * kept + (passed_s if self.num_outstanding else 0.0)
+        added_s = passed_s if self.num_outstanding else 0.0
+        self._busy_s = self._busy_s * kept + added_s
+        self._total_busy_s += added_s
 
 
 def earliest_finish(loads: Sequence[Load], cost: int) -> int:

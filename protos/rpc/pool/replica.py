@@ -53,6 +53,8 @@ class PoolOptions(Generic[Item]):
     """Decides if an error counts as an attempt of the items that it left unanswered."""
     is_passing: Callable[[StillhouseError, int], bool] = lambda error, _: error.retryable
     """Decides if a replica may recover by itself after an error, seen so many times in a row without an answer."""
+    late: float = math.inf
+    """Times the longest of a free replica's last answers after which that one is given what another replica still has."""
     silence_s: float = math.inf
     """Time without any answer that counts like the loss of all replicas."""
 

@@ -1,12 +1,13 @@
 """Shares items over the replicas of one service: every item is answered once, however often replicas are lost.
 
 Each item goes to the replica that is expected to finish it first. A replica that breaks is left alone for a backoff and
-probed before it is used again; what it left unanswered goes to the others. Calls run on the pool's threads; the caller's
+probed before it is used again; what it left unanswered goes to the others, and so may what a slow one has, once another is free. Calls run on the pool's threads; the caller's
 thread puts items and gets results.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic
@@ -79,12 +80,17 @@ class Call(Generic[Item, Answer]):
         ledger = self._pool._ledger
         with self._pool._lock:
             item = self._unanswered.pop(item_id, None)
+            if item is not None and item_id in ledger.tasks:
+                ledger.tasks[item_id].is_answered = True
         if item is None:
             return
         try:
             first()
         except BaseException:
-            self._unanswered[item_id] = item
+            with self._pool._lock:
+                self._unanswered[item_id] = item
+                if item_id in ledger.tasks:
+                    ledger.tasks[item_id].is_answered = False
             raise
         with self._pool._lock:
             if item_id in ledger.tasks:  # the pool is not closed
@@ -114,16 +120,18 @@ class ServicePool(Generic[Item, Answer, R]):
         options: PoolOptions[Item],
         *,
         on_lost: Callable[[Loss], None] = lambda _: None,
+        on_late: Callable[[str, int], None] = lambda _target, _number: None,
         clock: Clock | None = None,
     ) -> None:
         """`serve` makes one call on a thread of the pool; what it leaves unanswered is asked again.
 
         It raises StillhouseError when the call breaks; anything else that it raises ends the pool.
-        `on_lost` runs in the thread that gets results.
+        `on_lost` runs in the thread that gets results, and so does `on_late`, which is told of a replica whose items another one gets.
         """
         self._serve = serve
         self._options = options
         self._on_lost = on_lost
+        self._on_late = on_late
         self._clock = clock or Clock()
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
@@ -191,9 +199,12 @@ class ServicePool(Generic[Item, Answer, R]):
                 self._clock.wait(self._changed, POLL_S)
                 result = ledger.get(item_id)
             failure, silent_since_s, error = ledger.failure, ledger.silent_since(), ledger.last_error
+            late = [] if result is not None else self._move_late()
             losses = [ledger.losses.popleft() for _ in range(len(ledger.losses))]
         for loss in losses:
             self._on_lost(loss)
+        for target, number in late:
+            self._on_late(target, number)
         if result is not None:
             wait.answered()
             return result
@@ -315,6 +326,21 @@ class ServicePool(Generic[Item, Answer, R]):
             if error is not None and not self._is_closed:
                 self._break(call, member.hang or error, list(call._unanswered))
             member.is_probed &= not call._is_probe
+
+    def _move_late(self) -> list[tuple[str, int]]:
+        """Gives free replicas what takes others too long, and asks these whether they are alive; their targets and numbers of items."""
+        if math.isinf(self._options.late):
+            return []
+        moved = self._ledger.take_late()
+        for member, item_ids in moved.items():
+            for call in self._calls:
+                if call._member is member:
+                    for item_id in item_ids:
+                        call._unanswered.pop(item_id, None)
+            if member.is_open and not member.is_pinged:
+                member.is_pinged = True
+                self._start(self._ping, member)
+        return [(member.replica.target, len(item_ids)) for member, item_ids in moved.items()]
 
     def _ping_silent(self) -> None:
         """Asks replicas that have items and do not answer whether they are alive. Never blocks."""

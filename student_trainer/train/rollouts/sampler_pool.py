@@ -8,8 +8,10 @@ that they write with stay until they have.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -31,6 +33,8 @@ log = structlog.get_logger()
 
 OnTexts = Callable[[int, list[SampledText]], object]
 """Is told a prompt's place and its texts."""
+LATE = 2.0
+"""Times the longest that a service took lately for a text, after which it writes those of another one that is slower, or hangs."""
 NUM_CALLS = 2
 """Calls to a service side by side: while one version's last texts are written, the next version's begin."""
 
@@ -103,6 +107,8 @@ class SamplerPool:
         """Settings of the present `write`."""
         self._fingerprint = ""
         self._begun: list[PendingTexts] = []
+        self._seen_s: tuple[float, float] | None = None
+        """Time of the last look at the services' loads, and the seconds that all of them had been busy."""
         self._connect()
         options: PoolOptions[RolloutQuery] = PoolOptions(
             name="rollouts",
@@ -110,9 +116,10 @@ class SamplerPool:
             max_calls=NUM_CALLS,
             # A token that is replaced while the run goes on is read again before the next try.
             is_passing=lambda error, _: error.retryable or error.reason is Reason.UNAUTHENTICATED,
+            late=LATE,
         )
         self._pool: ServicePool[RolloutQuery, list[SampledText], RemoteSampler] = ServicePool(
-            samplers, self._serve, options, on_lost=_log_loss
+            samplers, self._serve, options, on_lost=_log_loss, on_late=_log_late
         )
 
     def close(self) -> None:
@@ -158,6 +165,16 @@ class SamplerPool:
         self._begun = [*(each for each in self._begun if not each.is_done), pending]
         return pending
 
+    def metrics(self) -> dict[str, float]:
+        """The number of services, and the share of the time since the call before in which one had no text of this process to write."""
+        number, now_s = len(self._samplers), time.monotonic()
+        busy_s = sum(each.load.busy_s() for each in self._samplers)
+        before, self._seen_s = self._seen_s, (now_s, busy_s)
+        found = {"train/rollout_services": float(number)}
+        if before is not None and now_s > before[0]:
+            found["train/rollout_idle"] = max(0.0, 1 - (busy_s - before[1]) / (number * (now_s - before[0])))
+        return found
+
     def _connect(self) -> None:
         while True:
             errors: list[StillhouseError] = []
@@ -185,10 +202,25 @@ class SamplerPool:
 
         queries = call.take(is_same)
         if queries:
-            ids, prompts = list(queries), list(queries.values())
+            ids = list(queries)
+            prompts = [self._while_it_counts(call, item_id, query) for item_id, query in queries.items()]
             with closing(sampler.sample(prompts, self._generation, call.on_cancel)) as written:
                 for place, texts in written:
                     call.answer(ids[place], texts, first=partial(prompts[place].on_texts, texts))
+
+    def _while_it_counts(
+        self, call: Call[RolloutQuery, list[SampledText]], item_id: int, query: RolloutQuery
+    ) -> RolloutQuery:
+        """The query, which is told of no part any more once another service has it."""
+        on_part = query.on_part
+        if on_part is None:
+            return query
+
+        def tell(sample: int, text: SampledText) -> None:
+            if call.item(item_id) is not None:
+                on_part(sample, text)
+
+        return replace(query, on_part=tell)
 
     def _require_same_base(self, sampler: RemoteSampler) -> None:
         info = sampler.info
@@ -205,3 +237,7 @@ def _log_loss(loss: Loss) -> None:
     log.warning(
         "a rollout service is left alone", target=loss.target, why=loss.error.message, pause_s=loss.pause_s
     )
+
+
+def _log_late(target: str, number: int) -> None:
+    log.warning("a slow rollout service's texts are written by another one", target=target, texts=number)
