@@ -18,13 +18,14 @@ from benchmarks.end_to_end.processes import Watch, halves_of_cores, on_cores, ru
 from benchmarks.end_to_end.runs import make_run_dir, metric_of, started_s, step_times
 from benchmarks.end_to_end.sizes import Sizes, Work
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+from stillhouse.protos.telemetry import pace
 from stillhouse.student_trainer.run_dir import RunDir
 from tests.support.programs import SHARED_CORES, Program, ProgramError, start_program, start_teacher
 
 ROOT = Path(__file__).parents[2]
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 SERVE_START_S = 300.0
-TIMES = ("train/rollout_time_s", "train/teacher_wait_s", "train/step_time_s")
+TIMES = pace.NAMES
 """Metrics of which an arm keeps the mean of all steps."""
 
 

@@ -4,7 +4,8 @@ Stillhouse samples in the training process, or through one or two rollout servic
 DistillationTrainer and GKDTrainer generate with transformers, and hold the teacher in their process. All minimise the reverse
 KL on one text a prompt. Prompts are heads of functions of Python's library, and a text ends where the student ends it, or at
 its longest; `--rows texts` has prompts and texts of one length. Seconds count from the first update on. A rollout service is
-idle while no text is in its engine: while it waits for weights or prompts, or another one still writes. Each student is scored
+idle while no text is in its engine: while it waits for weights or prompts, or another one still writes; so two of them can be
+judged where writing takes most of an update, as with `--batch 4 --staleness 2`. Each student is scored
 after the same updates by the reverse KL on what it writes behind held-out prompts. An interrupted comparison prints what it has.
 """
 
@@ -33,6 +34,7 @@ from benchmarks.end_to_end.runs import on_policy_spec
 from benchmarks.end_to_end.sizes import Sizes
 from benchmarks.on_policy.idle import IdleShare, free_port
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+from stillhouse.protos.telemetry.pace import Pace, pace_of
 
 ARMS = ("local", "trl-distillation", "trl-gkd", "local-lora", "one-service", "two-services", "trl-gkd-lora")
 BASELINES = {
@@ -158,7 +160,7 @@ def _rate(result: ArmResult) -> float | None:
 def _tables(outcome: Outcome) -> Sequence[Table]:
     columns = (
         *("arm", "updates", "updates/min", "s of the first two", "CPU s an update", "reverse KL"),
-        *("tokens of a text", "idle share", "staleness", "s waited for texts and targets, s trained"),
+        *("tokens of a text", "idle share", "staleness", "s of an update for texts, teacher, training"),
         *("peak MiB of each process", "problem"),
     )
     arms = outcome.arms
@@ -192,15 +194,21 @@ def _tables(outcome: Outcome) -> Sequence[Table]:
             memory_text(each),
             each.problem,
         )
+    advice = [
+        f"{each.name}: {pace.advice}" for each in outcome.results if (pace := _pace(each)) and pace.advice
+    ]
+    table.caption = "\n".join(advice)
     return (table,)
 
 
+def _pace(result: ArmResult) -> Pace | None:
+    """Mean times of an update of Stillhouse's arms."""
+    return pace_of({name: [value] for name, value in result.metrics.items()})
+
+
 def _times(result: ArmResult) -> str:
-    """Means of the seconds of an update: until its texts and their targets are there, and behind that."""
-    waited, whole = (result.metrics.get(f"train/{name}_s") for name in ("teacher_wait", "step_time"))
-    if waited is None or whole is None:
-        return ""
-    return f"{waited:.2f}, {whole - waited:.2f}"
+    pace = _pace(result)
+    return "" if pace is None else f"{pace.texts_s:.2f}, {pace.teacher_s:.2f}, {pace.training_s:.2f}"
 
 
 def _spread(lengths: Sequence[int]) -> str:

@@ -48,6 +48,8 @@ RUN_METRICS = {
     "train/teacher_wait_s": "Seconds of the step that the student waited for a teacher.",
     "train/rollouts_dropped": "Rollouts dropped so far: stale, without targets, or with tokens unknown to the teacher.",
     "train/rollout_time_s": "Seconds that the step's rollouts took, or that the student waited for services to write them.",
+    "train/rollout_services": "Services that write the step's rollouts.",
+    "train/rollout_idle": "Share of the time since the step before in which a rollout service had nothing of the run to write.",
     "train/rollout_tokens": "Mean length of the step's rollouts, in tokens.",
     "train/rollout_finished": "Share of the step's rollouts that ended by themselves.",
     "train/rollout_tail_clamped": "Share of positions whose tail mass was rounded up to 0.",

@@ -28,6 +28,10 @@ RUN_READINGS: Mapping[str, tuple[str, str]] = {
         "Sequences and prompts requeued after a service failed.",
     ),
     "teacher/breaks": ("run_teacher_breaks", "Failed streams and calls to teachers."),
+    "train/rollout_idle": (
+        "run_rollout_services_idle",
+        "Share of its time in which a rollout service has nothing to write.",
+    ),
     "train/rollouts_dropped": ("run_rollouts_stale", "Rollouts dropped as stale."),
     "cache/found": ("run_cache_hits", "Teacher outputs read from a cache."),
     "cache/missed": ("run_cache_misses", "Teacher outputs missing in a cache and requested."),

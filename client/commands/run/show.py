@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from stillhouse.protos.stillhouse.v1.run_pb2 import Attempt, LossSpec, Run
 
 
+PACE_STEPS = 20
+"""Last steps whose mean pace is shown."""
 STATES = ("pending", "starting", "running", "stopping", "stopped", "completed", "failed")
 
 
@@ -64,19 +66,27 @@ def show(session: Session, run: str, settings: bool) -> None:
     """Show RUN's state, the reason of a failure and what to do, then attempts and latest metrics."""
     from stillhouse.client.core.json_output import as_json
     from stillhouse.client.terminal.render import columns, number_text, spec_text
+    from stillhouse.protos.telemetry.pace import pace_of
 
     handle = session.run(run)
     found = handle.get()
+    metrics = handle.metrics()
     latest = {
         key: (int(series.steps[-1]), float(series.values[-1]))
-        for key, series in handle.metrics().items()
+        for key, series in metrics.items()
         if len(series.steps)
     }
+    pace = pace_of({key: series.values[-PACE_STEPS:].tolist() for key, series in metrics.items()})
     if session.as_json:
-        metrics = {key: {"step": step, "value": value} for key, (step, value) in latest.items()}
-        session.emit(as_json(found) | {"id": handle.id, "latest_metrics": metrics})
+        latest_metrics = {key: {"step": step, "value": value} for key, (step, value) in latest.items()}
+        session.emit(as_json(found) | {"id": handle.id, "latest_metrics": latest_metrics})
         return
-    session.say(columns((*_condition(found), *_facts(found))))
+    told = (
+        ()
+        if pace is None
+        else (("pace", pace.sentence()), *((("advice", pace.advice),) if pace.advice else ()))
+    )
+    session.say(columns((*_condition(found), *_facts(found), *told)))
     if found.attempts:
         session.say("\nAttempts\n" + columns(_attempt(each) for each in found.attempts))
     if latest:

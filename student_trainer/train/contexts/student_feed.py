@@ -228,11 +228,13 @@ class StudentFeed(Feed):
             )
         self._forget_others()
         self._gate.check(step)
-        self.metrics = means.means() | {
+        self.metrics: dict[str, float] = means.means() | {
             # Over all steps of this process: too old, without targets, or with tokens unknown to the teacher.
             "train/rollouts_dropped": float(self._num_dropped),
             "train/rollout_time_s": self._sampling_s,
         }
+        if isinstance(self._sampler, SamplerPool):
+            self.metrics |= self._sampler.metrics()
         if len(rollouts) > seen:
             log.warning("rollouts left out", step=step + 1, left_out=len(rollouts) - seen, of=len(rollouts))
 

@@ -1,4 +1,4 @@
-"""Reports metrics of a training process as journal lines and TensorBoard files, and warns of a slow teacher."""
+"""Reports metrics of a training process as journal lines and TensorBoard files, and says what holds its steps up."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import structlog
 
+from stillhouse.protos.telemetry import pace
 from stillhouse.student_trainer.run_dir import Attempt
 
 
@@ -18,7 +19,7 @@ class Reporter:
         self._attempt = attempt
         self._writer: Any = None
         self._first_step = 0
-        self._waits = TeacherWaitMonitor()
+        self._pace = PaceMonitor()
 
     def close(self) -> None:
         """Closes the TensorBoard file."""
@@ -35,7 +36,7 @@ class Reporter:
             return
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         self._attempt.report_metrics(step, finite)
-        self._waits.record(step, finite)
+        self._pace.record(step, finite)
         for name, value in finite.items():
             self._tensorboard().add_scalar(name, value, step)
 
@@ -51,38 +52,27 @@ class Reporter:
 log = structlog.get_logger()
 
 WINDOW_STEPS = 20
-MAX_WAIT_SHARE = 0.5
-"""Share of a window's step time spent waiting above which a warning is logged."""
 MIN_WAIT_S = 1.0
-"""Waiting time below which no warning is logged."""
+"""Time of a window below which nothing is said of what takes it."""
 
 
-class TeacherWaitMonitor:
-    """Warns when more than half of a window's step time is spent waiting for the teacher."""
+class PaceMonitor:
+    """Says what a window's steps waited for where that is much, or where services had nothing to do."""
 
     def __init__(self) -> None:
-        self._waited_s = self._time_s = 0.0
-        self._steps = 0
+        self._steps: list[Mapping[str, float]] = []
 
-    def record(self, step: int, metrics: Mapping[str, float]) -> float | None:
-        """Adds a step; returns the window's waiting share if it was warned of, else None."""
-        if "train/step_time_s" not in metrics:
-            return None
-        self._waited_s += metrics.get("train/teacher_wait_s", 0.0)
-        self._time_s += metrics["train/step_time_s"]
-        self._steps += 1
-        if self._steps < WINDOW_STEPS:
-            return None
-        share, waited_s = self._waited_s / max(self._time_s, 1e-9), self._waited_s
-        self._waited_s = self._time_s = 0.0
-        self._steps = 0
-        if share <= MAX_WAIT_SHARE or waited_s < MIN_WAIT_S:
-            return None
-        log.warning(
-            "the student waits for its teacher",
-            step=step,
-            share=round(share, 2),
-            waited_s=round(waited_s, 1),
-            remedy="name more services in teachers.targets, cache teacher outputs, or raise teachers.prefetch_steps",
-        )
-        return share
+    def record(self, step: int, metrics: Mapping[str, float]) -> str:
+        """Adds a step; returns what was said, empty if nothing was."""
+        if pace.STEP not in metrics:
+            return ""
+        self._steps.append(metrics)
+        if len(self._steps) < WINDOW_STEPS:
+            return ""
+        series = {name: [each[name] for each in self._steps if name in each] for name in pace.NAMES}
+        self._steps.clear()
+        found = pace.pace_of(series)
+        if found is None or not found.advice or found.step_s * WINDOW_STEPS < MIN_WAIT_S:
+            return ""
+        log.warning(found.advice, step=step, pace=found.sentence())
+        return found.advice

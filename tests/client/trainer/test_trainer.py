@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,7 @@ def test_a_run_from_its_file_to_its_model(
     assert "Effective settings" not in text
     assert "  grad_accum_steps: 1\n" in command(target, "run", "show", "latest", "--settings").stdout
     assert "label kind  test" in text
+    assert re.search(r"^pace +\d+\.\d\d s a step: .*\d\.\d\d of training$", text, re.MULTILINE)
     assert "\nAttempts\n  1  " in text
     listed = command(target, "run", "list", "--state", "completed").stdout
     assert run_id in listed

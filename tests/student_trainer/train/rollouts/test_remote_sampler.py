@@ -129,6 +129,15 @@ def test_a_service_on_this_machine_reads_adapters_where_they_are(alone: RunDir, 
     assert not list(uploads.iterdir())
 
 
+def test_a_run_tells_how_long_its_service_had_nothing_to_write(alone: RunDir) -> None:
+    assert set(metric(alone, "train/rollout_services").values()) == {1}
+    idle = metric(alone, "train/rollout_idle")
+    # Not of the first step, before which services wait for the run to be ready.
+    assert list(idle) == list(range(2, STEPS + 1))
+    assert all(0 <= share <= 1 for share in idle.values())
+    assert any(idle.values())
+
+
 def test_a_service_that_may_not_read_them_gets_them_sent(
     *, models: Models, dataset_file: Path, hf_teacher: Program, alone: RunDir, tmp_path: Path
 ) -> None:
