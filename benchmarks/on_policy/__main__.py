@@ -4,8 +4,8 @@ Stillhouse samples in the training process, or through one or two rollout servic
 DistillationTrainer and GKDTrainer generate with transformers, and hold the teacher in their process. All minimise the reverse
 KL on one text a prompt. Prompts are heads of functions of Python's library, and a text ends where the student ends it, or at
 its longest; `--rows texts` has prompts and texts of one length. Seconds count from the first update on. A rollout service is
-idle while no text is in its engine: while it waits for weights or prompts, or another one still writes; so two of them can be
-judged where writing takes most of an update, as with `--batch 4 --staleness 2`. Each student is scored
+idle while no text is in its engine: while it waits for weights or prompts, or another one still writes. With `--batch 4`
+writing is two thirds of an update's processor time, for arms of two services. Each student is scored
 after the same updates by the reverse KL on what it writes behind held-out prompts. An interrupted comparison prints what it has.
 """
 
