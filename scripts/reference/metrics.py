@@ -77,7 +77,7 @@ RUN_METRICS = {
     "eval/accuracy": "Share of right answers by evaluation.match; of a classifier, of labels that are its likeliest class.",
     "eval/SET/METRIC": "The same of the set of this name in evaluation.sets.",
     "eval/tokens": "Held-out tokens of the evaluation.",
-    "teacher/sequences_asked": "Sequences sent to teachers so far.",
+    "teacher/sequences_asked": "Sequences sent to teachers so far, counted for each teacher; a text that is scored in parts counts once.",
     "teacher/outstanding": "Sequences and prompts that teachers have not answered.",
     "teacher/outstanding_tokens": "Tokens of these; with several services also of each, as teacher/SERVICE/outstanding_tokens.",
     "teacher/asked_again": "Sequences and prompts that a broken service left unanswered; also of each service.",

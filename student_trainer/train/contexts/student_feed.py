@@ -53,15 +53,18 @@ class StudentFeed(Feed):
         queries_top_k: bool,
         queries_parts: bool,
         max_staleness: int,
+        teachers_per_query: int = 1,
     ) -> None:
         """`in_flight` holds the rollouts that no step has consumed yet, `version` counts the updates of the weights.
 
         With `queries_top_k` the teacher is queried about the student's top-k too, and with `queries_parts` about the parts of a text
-        while it is written. At most `max_staleness` of the steps ahead are sampled before their turn.
+        while it is written. At most `max_staleness` of the steps ahead are sampled before their turn. Each query counts for
+        `teachers_per_query` teachers, whose outputs are mixed.
         """
         super().__init__(settings, [targets])
         self.ahead = min(settings.ahead, max_staleness)
         self._max_staleness = max_staleness
+        self._teachers_per_query = teachers_per_query
         self._targets = targets
         self._sampler = sampler
         self._config = config
@@ -84,7 +87,7 @@ class StudentFeed(Feed):
 
     @property
     def num_asked(self) -> int:
-        return super().num_asked - self._num_further_queries
+        return super().num_asked - self._teachers_per_query * self._num_further_queries
 
     def request(self, step: int, slots: Sequence[Slot]) -> None:
         """Samples the rollouts, unless a checkpoint had them, and queries the targets of each as soon as it is there.

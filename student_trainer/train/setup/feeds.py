@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stillhouse.student_trainer.config.rules.contexts import needs_query, rollout_services
+from stillhouse.student_trainer.config.rules.contexts import is_ensemble, needs_query, rollout_services
 from stillhouse.student_trainer.config.rules.loss import STUDENT_TAIL
 from stillhouse.student_trainer.config.schema import ContextConfig, StudentContextConfig, TeacherContextConfig
 from stillhouse.student_trainer.config.settled.staleness import max_staleness
@@ -109,6 +109,7 @@ class FeedFactory:
             gate=gate,
             queries_top_k=queries_top_k,
             queries_parts=teachers.reuse_prefixes,
+            teachers_per_query=len(run.teachers) if is_ensemble(run) else 1,
             # A run that no service has created settles it here.
             max_staleness=max_staleness(
                 run, config, on_cpu=self.student_side.accelerator.device.type == "cpu"

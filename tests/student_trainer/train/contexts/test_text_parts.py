@@ -27,6 +27,7 @@ from stillhouse.student_trainer.train.rollouts.local_sampler import LocalSampler
 from stillhouse.student_trainer.train.rollouts.rollout_buffer import RolloutBuffer
 from stillhouse.student_trainer.train.teacher.online_teachers import OnlineTeachers
 from stillhouse.student_trainer.train.teacher.query import TargetStream, TeacherQuery
+from stillhouse.student_trainer.train.teacher.streams.combined import combine_streams
 from stillhouse.student_trainer.train.teacher.target_requests import training_request
 from stillhouse.student_trainer.train.teacher.teacher import Demands
 from tests.conftest import Models
@@ -130,7 +131,12 @@ def collect(
         assert not teachers.reuse_prefixes
 
         def collected(
-            *, queries_parts: bool, room: int = 64, refused: Sequence[int] = (), using: Any = sampler
+            *,
+            queries_parts: bool,
+            room: int = 64,
+            refused: Sequence[int] = (),
+            using: Any = sampler,
+            num_teachers: int = 1,
         ) -> list[ScoredExample]:
             settings = FeedSettings(
                 context=0,
@@ -142,7 +148,12 @@ def collect(
                 sequence_limits={"": longest + room},
                 patience=patience,
             )
-            targets = teachers.open_stream(training_request(config.loss, 0), cacheable=False)
+            streams = {
+                str(number): teachers.open_stream(training_request(config.loss, 0), cacheable=False)
+                for number in range(num_teachers)
+            }
+            vocab_size = max(each.info.vocab_size for each in teachers.members.values())
+            targets = combine_streams(streams, dict.fromkeys(streams, 1.0), vocab_size=vocab_size)
             stack.callback(targets.close)
             feed = StudentFeed(
                 settings,
@@ -155,11 +166,12 @@ def collect(
                 queries_top_k=True,
                 queries_parts=queries_parts,
                 max_staleness=0,
+                teachers_per_query=num_teachers,
             )
             feed.request(0, slots)
             scored = list(feed.collect(0))
             assert not feed._queried
-            assert feed.num_asked == len(slots) * GENERATION.samples_per_prompt
+            assert feed.num_asked == num_teachers * len(slots) * GENERATION.samples_per_prompt
             return scored
 
         yield collected
@@ -178,6 +190,14 @@ def test_parts_have_the_targets_of_whole_texts(collect: Collect, *, room: int) -
             np.testing.assert_allclose(
                 getattr(one.answer, name), getattr(other.answer, name), atol=2e-5, err_msg=name
             )
+
+
+def test_texts_of_which_several_teachers_score_the_parts_count_once_for_each(collect: Collect) -> None:
+    alone, mixed = (collect(queries_parts=True, num_teachers=each) for each in (1, 2))
+    for one, other in zip(alone, mixed, strict=True):
+        assert one.answer is not None
+        assert other.answer is not None
+        np.testing.assert_allclose(one.answer.target_logprobs, other.answer.target_logprobs, atol=2e-5)
 
 
 class Rewriting:
