@@ -80,12 +80,17 @@ def prepare_encoding(info: EngineInfo) -> None:
     falling_rows.prepare()
     differences.prepare()
     bits = packed_bits(info.vocab_size)
-    if bits >= COMPILED_BITS:
-        _compiled_packing()(np.zeros((1, 1), np.int32), bits)
+    pack_block = _compiled_packing() if bits >= COMPILED_BITS else None
+    if pack_block is not None:
+        pack_block(np.zeros((1, 1), np.int32), bits)
 
 
-def _compiled_packing() -> PackBlock:
-    from stillhouse.teacher_service.distributions.sorted_rows_numba import pack_block
+def _compiled_packing() -> PackBlock | None:
+    """None without numba, as where a teacher's model is another server's."""
+    try:
+        from stillhouse.teacher_service.distributions.sorted_rows_numba import pack_block
+    except ImportError:
+        return None
 
     return pack_block
 
