@@ -162,7 +162,7 @@ def _spec(session: Session, name: str, options: dict[str, Any]) -> RunSpec:
     if options["tokenizer"]:
         spec = evaluation_of_teacher(name, options["tokenizer"])
     else:
-        spec = evaluation_of(find_target(session.trainer, name), name)
+        spec = evaluation_of(find_target(session.trainer, name))
     evaluation = spec.evaluation
     if options["data"] or options["sets"]:
         for field in ("train", "eval"):

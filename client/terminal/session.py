@@ -87,9 +87,9 @@ class Session:
                 arguments += [f"--{flag}", str(value)]
         return arguments
 
-    def run(self, name: str) -> RunHandle:
-        """Looks a run up by id, prefix or `latest`."""
-        return self.trainer.run(name)
+    def run(self, name: str, *, with_model: bool = False) -> RunHandle:
+        """Looks a run up by id, prefix or `latest`; with `with_model` the latest is one that trains a model."""
+        return self.trainer.run(name, with_model=with_model)
 
     def emit(self, document: object) -> None:
         """Prints one line of JSON."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from stillhouse.client.core.errors import usage_error
 from stillhouse.client.trainer.run_handle import RunHandle
+from stillhouse.client.trainer.run_lookup import WITHOUT_MODEL
 from stillhouse.client.trainer.trainer import Trainer
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec, StudentSpec
@@ -19,6 +20,8 @@ class Target:
     """A model to evaluate."""
 
     student: StudentSpec
+    name: str
+    """As shown to people: a run by its id."""
     run: RunHandle | None = None
     """Run that trained it."""
 
@@ -30,14 +33,15 @@ def find_target(trainer: Trainer, name: str) -> Target:
     """
     match = _OF_RUN.fullmatch(name)
     if match is None:
-        return Target(student=StudentSpec(model=name))
+        return Target(student=StudentSpec(model=name), name=name)
     try:
-        run = trainer.run(match[1])
+        run = trainer.run(match[1], with_model=True)
     except StillhouseError as error:
         if error.reason is not Reason.RUN_NOT_FOUND or match[2] or name == "latest":
             raise
-        return Target(student=StudentSpec(model=name))  # a hub id without a slash
-    return Target(student=_student_of(run, match[2] or "final"), run=run)
+        return Target(student=StudentSpec(model=name), name=name)  # a hub id without a slash
+    shown = f"{run.id}/{match[2]}" if match[2] else run.id
+    return Target(student=_student_of(run, match[2] or "final"), name=shown, run=run)
 
 
 def _student_of(run: RunHandle, part: str) -> StudentSpec:
@@ -54,6 +58,8 @@ def _student_of(run: RunHandle, part: str) -> StudentSpec:
         if f"{part}/base/config.json" in files:
             student.model = f"{place}/base"
         return student
+    if (task := run.get().spec.task) in WITHOUT_MODEL:
+        raise usage_error(f'run {run.id} has no model, as its task is "{task}"; name a run that trains one.')
     steps = sorted({path.split("/")[1] for path in files if path.startswith("checkpoints/")}, key=int)
     known = f"it has checkpoints/{', checkpoints/'.join(steps)}" if steps else "it has no checkpoint yet"
     raise usage_error(f"run {run.id} has no model at {part}; {known}.")
@@ -68,9 +74,9 @@ def student_before(trained: StudentSpec) -> StudentSpec:
     return student
 
 
-def evaluation_of(target: Target, name: str) -> RunSpec:
+def evaluation_of(target: Target) -> RunSpec:
     """Returns a run that evaluates `target`: with the data, the teachers and the sets of the run that trained it, if one did."""
-    spec = RunSpec(task="evaluate", display_name=f"evaluation of {name}"[:200])
+    spec = RunSpec(task="evaluate", display_name=f"evaluation of {target.name}"[:200])
     spec.student.CopyFrom(target.student)
     if target.run is None:
         return spec

@@ -12,6 +12,8 @@ ID_LENGTH = 12
 LATEST = "latest"
 _PREFIX = re.compile(rf"[a-z2-7]{{1,{ID_LENGTH}}}")
 _SHOWN = 5
+WITHOUT_MODEL = ("evaluate", "cache", "classification_cache")
+"""Tasks of runs that train nothing."""
 
 
 def run_id(name: str) -> str:
@@ -19,10 +21,10 @@ def run_id(name: str) -> str:
     return name.removeprefix("runs/")
 
 
-def find_run(wanted: str, newest_first: Callable[[], Iterable[str]]) -> str:
+def find_run(wanted: str, newest_first: Callable[[], Iterable[str]], *, kind: str = "run") -> str:
     """Returns the resource name `runs/{run}` of the run that `wanted` identifies.
 
-    `newest_first` lists the names of all runs; it is called only for a prefix or `latest`.
+    `newest_first` lists the names of all runs; it is called only for a prefix or `latest`, which may be the newest of one `kind`.
     Raises StillhouseError: RUN_NOT_FOUND, or INVALID_REQUEST for an invalid or ambiguous id.
     """
     text = run_id(wanted.strip())
@@ -30,7 +32,7 @@ def find_run(wanted: str, newest_first: Callable[[], Iterable[str]]) -> str:
         for name in newest_first():
             return name
         raise StillhouseError(
-            Reason.RUN_NOT_FOUND, "there is no run yet; `stillhouse run create FILE` creates one."
+            Reason.RUN_NOT_FOUND, f"there is no {kind} yet; `stillhouse run create FILE` creates one."
         )
     if not _PREFIX.fullmatch(text):
         raise usage_error(

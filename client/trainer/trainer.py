@@ -18,7 +18,7 @@ from stillhouse.client.runfile.load import RunFile, load_run_file, parse_fields
 from stillhouse.client.runfile.source_map import invalid
 from stillhouse.client.trainer.dataset_upload import upload_of
 from stillhouse.client.trainer.run_handle import RunHandle
-from stillhouse.client.trainer.run_lookup import find_run
+from stillhouse.client.trainer.run_lookup import LATEST, WITHOUT_MODEL, find_run, run_id
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rows.files import check_rows
 from stillhouse.protos.rows.known_fields import ExtraFields
@@ -99,9 +99,13 @@ class Trainer(Connection):
         except StillhouseError as error:
             raise file.source_map.located(error) from error
 
-    def run(self, name: str = "latest") -> RunHandle:
-        """Looks a run up by its id, a prefix of it, or `latest`."""
-        return RunHandle(self, find_run(name, lambda: (run.name for run in self.runs())))
+    def run(self, name: str = "latest", *, with_model: bool = False) -> RunHandle:
+        """Looks a run up by its id, a prefix of it, or `latest`; with `with_model` that is the newest run that trains a model."""
+
+        left_out = WITHOUT_MODEL if with_model and run_id(name.strip()) == LATEST else ()
+        kind = "run that trains a model" if left_out else "run"
+        names = (run.name for run in self.runs() if run.spec.task not in left_out)
+        return RunHandle(self, find_run(name, lambda: names, kind=kind))
 
     def runs(
         self,

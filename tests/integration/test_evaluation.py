@@ -46,8 +46,25 @@ def test_a_finished_run_is_evaluated_on_its_own_rows_and_compared_with_its_begin
     assert mine["metrics"]["kl"]["change"]["high"] < 0
     assert mine["metrics"]["chrf"]["teacher"]["value"] is not None
     evaluation = trainer.run(report["run"])
-    assert evaluation.get().spec.labels["of"] == trained
+    ended = evaluation.get()
+    assert ended.spec.labels["of"] == trained
+    assert (ended.progress.step, ended.progress.total_steps) == (2, 2)
     assert "shows its report" in service.stillhouse("run", "show", evaluation.id).stdout
+
+
+def test_after_an_evaluation_the_latest_model_is_still_that_of_the_run(
+    service: Service, trainer: Trainer, trained: str, tmp_path: Path
+) -> None:
+    again = json.loads(service.stillhouse("eval", trained, "--limit", "4", "--json").stdout)["run"]
+    assert trainer.run("latest").id == again
+    third = json.loads(service.stillhouse("eval", "latest", "--limit", "4", "--json").stdout)["run"]
+    run = trainer.run(third).get()
+    assert (run.spec.labels["of"], run.spec.display_name) == (trained, f"evaluation of {trained}")
+    service.stillhouse("run", "pull", "latest", "--to", str(tmp_path / "student"))
+    assert (tmp_path / "student" / "model.safetensors").is_file()
+    assert service.stillhouse("eval", "latest", "--report").stdout.startswith("SET")
+    refused = service.stillhouse("eval", again, expect=2).stderr
+    assert f'run {again} has no model, as its task is "evaluate"; name a run that trains one.' in refused
 
 
 def test_a_checkpoint_and_a_model_are_evaluated_on_rows_from_here(

@@ -81,7 +81,7 @@ def pull(session: Session, run: str, what: str, directory: str | None) -> None:
     """
     from stillhouse.client.terminal.render import printable
 
-    handle = session.run(run)
+    handle = session.run(run, with_model=what == "final")
 
     def on_file(path: str, size: int, whole: int) -> None:
         is_whole = size == whole

@@ -11,7 +11,8 @@ from stillhouse.client.commands.run import compare, control, create, files, metr
 def run() -> None:
     """Create, watch, control and inspect distillation runs.
 
-    RUN is a run's id, the beginning of one that no other run shares, or `latest`.
+    RUN is a run's id, the beginning of one that no other run shares, or `latest`, the newest. Where a model is wanted, as by
+    `run pull` and `eval`, the newest is one that trains: evaluations and builds of caches do not count.
     """
 
 

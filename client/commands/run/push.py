@@ -47,7 +47,7 @@ def push(
     """
     from stillhouse.client.trainer.hub import push_files
 
-    handle = session.run(run)
+    handle = session.run(run, with_model=True)
     folder = directory or Path(handle.id, what)
     files = handle.pull(what, folder)
     commit = push_files(

@@ -119,6 +119,8 @@ def _take_event(line: Mapping[str, Any], batch: JournalBatch) -> None:
     elif kind == "condition":
         batch.changes["condition"] = _condition(line["condition"])
     elif kind in OUTCOMES:
+        if kind == "completed" and "step" in line:  # steps of an evaluation have no metrics of their own
+            batch.progress["step"] = _count(line["step"])
         error = from_json(line["error"]) if kind == "failed" else None
         batch.outcomes.append((_count(line["attempt"]), ReportedOutcome(kind=kind, error=error)))
 
