@@ -87,10 +87,11 @@ class LazyGroup(click.Group):
         except OSError as error:
             if error.errno not in _OF_THE_MACHINE:
                 raise
+            from stillhouse.client.core.errors import os_reason
             from stillhouse.client.terminal.render import printable
 
             what = f"use {os.fsdecode(error.filename)}" if error.filename else "write the output"
-            click.echo(f"Error: cannot {printable(what)}: {error.strerror}.", err=True)
+            click.echo(f"Error: cannot {printable(what)}: {os_reason(error)}.", err=True)
             ctx.exit(1)
         except Exception as error:
             from stillhouse.protos import errors

@@ -11,8 +11,8 @@ import click
 
 from stillhouse.client.commands.run.create import load, submit, submit_options
 from stillhouse.client.terminal.session import Session, command
-from stillhouse.client.trainer.advice import CACHE_TASKS
 from stillhouse.client.trainer.cache_list import SUMMARY, caches_of
+from stillhouse.client.trainer.run_lookup import CACHE_TASKS
 
 if TYPE_CHECKING:
     from stillhouse.client.trainer.run_handle import RunHandle

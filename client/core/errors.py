@@ -10,6 +10,7 @@ from enum import IntEnum
 import grpc
 
 from stillhouse.protos.errors import CATALOG, FieldViolation, Reason, StillhouseError
+from stillhouse.protos.files.disk_errors import FULL
 from stillhouse.protos.rows.field_error import FieldError
 
 
@@ -73,7 +74,13 @@ def usage_error(message: str) -> StillhouseError:
 
 def file_error(verb: str, path: object, error: OSError) -> StillhouseError:
     """Returns an error for a user's file that cannot be read or written."""
-    return usage_error(f"cannot {verb} {path}: {error.strerror or error}.")
+    return usage_error(f"cannot {verb} {path}: {os_reason(error)}.")
+
+
+def os_reason(error: OSError) -> str:
+    """Returns the system's words for an error, and for a full disk the remedy."""
+    remedy = "; free some space there, or name another place" if error.errno in FULL else ""
+    return f"{error.strerror or error}{remedy}"
 
 
 @contextmanager

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from stillhouse.client.trainer.run_lookup import run_id
+from stillhouse.client.trainer.run_lookup import CACHE_TASKS, run_id
 from stillhouse.protos.errors import Reason, from_status
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
-
-CACHE_TASKS = ("cache", "classification_cache")
-"""Tasks of runs that build a cache."""
 
 
 def waits_for(run: Run) -> str:

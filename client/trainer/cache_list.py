@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from stillhouse.client.trainer.advice import CACHE_TASKS
+from stillhouse.client.trainer.run_lookup import CACHE_TASKS
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 
 SUMMARY = "exports/cache.json"

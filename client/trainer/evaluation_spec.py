@@ -81,6 +81,11 @@ def evaluation_of(target: Target) -> RunSpec:
     if target.run is None:
         return spec
     trained = target.run.get().effective_spec
+    if trained.task == "sequence_classification":
+        raise usage_error(
+            f"run {target.run.id} trained a classifier, which is evaluated in its own run alone: `stillhouse eval {target.run.id} "
+            "--report` shows the report; name other rows in evaluation.sets of its run file."
+        )
     spec.data.CopyFrom(trained.data)
     spec.teachers.extend(trained.teachers)
     if trained.cache.mode == "only":

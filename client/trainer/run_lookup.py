@@ -12,7 +12,9 @@ ID_LENGTH = 12
 LATEST = "latest"
 _PREFIX = re.compile(rf"[a-z2-7]{{1,{ID_LENGTH}}}")
 _SHOWN = 5
-WITHOUT_MODEL = ("evaluate", "cache", "classification_cache")
+CACHE_TASKS = ("cache", "classification_cache")
+"""Tasks of runs that build a cache."""
+WITHOUT_MODEL = ("evaluate", *CACHE_TASKS)
 """Tasks of runs that train nothing."""
 
 

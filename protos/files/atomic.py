@@ -11,13 +11,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from stillhouse.protos.files.disk_errors import FULL
+
 
 @contextmanager
 def atomic_writer(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
     """An open file that replaces `path` when the block ends; a block that raises leaves `path` as it was.
 
     The new file is on disk when this returns, also after a power cut. `private`: only its owner may read it. Raises
-    OSError for a device or a pipe.
+    OSError for a device or a pipe, and with the name of `path` for a full disk.
     """
     refuse_special(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -27,8 +29,10 @@ def atomic_writer(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
             yield file
             sync_file(file)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None and error.errno in FULL:
+            error.filename = str(path)
         raise
     sync_directory(path.parent)
 

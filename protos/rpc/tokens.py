@@ -221,7 +221,10 @@ def _locked(path: Path) -> Iterator[None]:
         with directory_lock(path.parent):
             yield
     except OSError as error:
-        raise _unusable(path, error.strerror or str(error)) from error
+        why = error.strerror or str(error)
+        if not path.parent.is_dir():
+            why = f"there is no folder {path.parent}. Name a run service's data directory, which its first start makes, or make it"
+        raise _unusable(path, why) from error
 
 
 def _bad(message: str) -> StillhouseError:

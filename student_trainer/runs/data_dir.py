@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.atomic import write_atomic
+from stillhouse.protos.files.disk_errors import describe, is_full
 from stillhouse.protos.files.locks import try_lock
 from stillhouse.student_trainer.prepared_store import FOLDER as PREPARED
 from stillhouse.student_trainer.prepared_store import PreparedStore
@@ -39,10 +40,7 @@ class DataDir:
                 (path / folder).mkdir(parents=True, exist_ok=True)
             lock = try_lock(path / "lock")
         except OSError as error:
-            raise StillhouseError(
-                Reason.INVALID_CONFIG,
-                f"--data-dir {path} cannot be used: {error}. Give a folder that can be written.",
-            ) from error
+            raise _unusable(path, error) from error
         if lock is None:
             raise StillhouseError(
                 Reason.INVALID_CONFIG,
@@ -51,6 +49,9 @@ class DataDir:
         try:
             _check_version(path)
             _check_credentials(path / CREDENTIALS)
+        except OSError as error:
+            lock.close()
+            raise _unusable(path, error) from error
         except StillhouseError:
             lock.close()
             raise
@@ -94,6 +95,14 @@ class DataDir:
     def close(self) -> None:
         """Releases the directory."""
         self.lock.close()
+
+
+def _unusable(path: Path, error: OSError) -> StillhouseError:
+    if is_full(error):
+        why = f"{describe(path)} is full. Free some space there, or give another folder."
+    else:
+        why = f"{error}. Give a folder that can be written."
+    return StillhouseError(Reason.INVALID_CONFIG, f"--data-dir {path} cannot be used: {why}")
 
 
 def _check_credentials(path: Path) -> None:

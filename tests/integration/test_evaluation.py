@@ -9,8 +9,11 @@ import pytest
 
 from stillhouse.client.api import Trainer
 from tests.conftest import Models
+from tests.student_trainer.train.classification.conftest import Encoders, class_spec, encoders
 from tests.support.programs import Program
 from tests.support.runs import Service, completed, small_spec
+
+__all__ = ["encoders"]
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,18 @@ def test_what_cannot_be_evaluated_is_one_sentence(service: Service, trained: str
     ):
         done = service.stillhouse("eval", *arguments, expect=code)
         assert sentence in done.stderr, done.stderr
+
+
+def test_a_classifier_is_evaluated_in_its_own_run_alone(
+    service: Service, trainer: Trainer, encoders: Encoders
+) -> None:
+    terms = {"terms": [{"divergence": "forward_kl", "weight": 0}], "hard_weight": 1}
+    run = trainer.create_run(class_spec(encoders.student, encoders.rows, None, loss=terms))
+    completed(run, service)
+    refused = service.stillhouse("eval", run.id, expect=2).stderr
+    assert f"run {run.id} trained a classifier" in refused
+    assert "eval/accuracy" in service.stillhouse("run", "show", run.id).stdout
+    assert "accuracy" in service.stillhouse("eval", run.id, "--report").stdout
 
 
 def test_runs_are_compared_by_what_differs(

@@ -42,6 +42,7 @@ from stillhouse.student_trainer.runs.api.student_config import inspect_student
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.store.metric_series import to_series
 from stillhouse.student_trainer.runs.store.run_filter import read_filter
+from stillhouse.student_trainer.runs.store.run_state import ENDED
 from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
 from stillhouse.student_trainer.runs.supervision.supervisor import Supervisor
@@ -214,11 +215,22 @@ class RunServicer(RunServiceServicer):
 
     async def delete(self, run_id: str) -> None:
         """Deletes an ended run and its files. Raises StillhouseError(RUN_STATE) if it has not ended."""
-        await self._db(self._store.delete, run_id)
+        path = self._supervisor.run_dir(run_id).path
+        try:
+            await self._db(self._store.delete, run_id)
+        except StillhouseError as error:
+            if (
+                error.reason is not Reason.DISK_FULL
+                or (await self._db(self._store.get, run_id)).state not in ENDED
+            ):
+                raise
+            # The files go first: they are what makes room on a full disk.
+            await asyncio.to_thread(remove_run_files, path)
+            await self._db(self._store.delete, run_id)
         for each in self._followers:
             await each.forget(run_id)
         self._notifier.notify(run_id)
-        await asyncio.to_thread(remove_run_files, self._supervisor.run_dir(run_id).path)
+        await asyncio.to_thread(remove_run_files, path)
 
     async def QueryMetrics(
         self, request: pb.QueryMetricsRequest, context: Context

@@ -105,7 +105,8 @@ def _explained(error: Exception, engine: Engine) -> StillhouseError | None:
         return to_stillhouse_error(error, without_password(engine.url))
     if isinstance(error, OperationalError) and "full" in str(error.orig):
         return StillhouseError(
-            Reason.DISK_FULL, "The disk of the service's data directory is full; free some space."
+            Reason.DISK_FULL,
+            "The disk of the service's data directory is full; free some space, as `stillhouse run delete` does.",
         )
     return None
 

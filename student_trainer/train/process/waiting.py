@@ -75,6 +75,6 @@ class TeacherWait(BoundedWait):
         """Returns TEACHER_UNREACHABLE with the last error's sentence."""
         return StillhouseError(
             Reason.TEACHER_UNREACHABLE,
-            f"No teacher answered for {self.limit_s:g} s (retry.teacher_wait_s). {error.message if error else ''} "
+            f"No teacher answered for {self.limit_s:g} s (retry.teacher_wait_s). {f'{error.message} ' if error else ''}"
             "Resume the run once one answers; nothing up to the last checkpoint is lost.",
         )

@@ -59,6 +59,13 @@ def test_a_token_may_go_straight_to_a_file_which_is_never_overwritten(tmp_path: 
     assert (refused.exit_code, other.exists()) == (2, False)
 
 
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    refused = token("create", "--name", "ci", "--scope", "infer", file=tmp_path / "trainer" / "tokens.json")
+    assert refused.exit_code == 2
+    assert f"there is no folder {tmp_path / 'trainer'}. Name a run service's data directory" in refused.output
+    assert not (tmp_path / "trainer").exists()
+
+
 def test_bad_values_are_usage_errors(tmp_path: Path) -> None:
     file = tmp_path / "tokens.json"
     for wrong in (["--expires", "soon"], ["--expires", "0d"], ["--scope", "root"], ["--name", "a b"]):

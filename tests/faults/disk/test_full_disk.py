@@ -212,6 +212,11 @@ def test_a_service_without_room_answers_reads_and_says_so_once_it_can(
                 lambda: get_run(here.service_target, name).state == Run.STATE_COMPLETED, "the end of the run"
             )
         assert_same_end(run_dir, undisturbed)
+        fill(small_disk)
+        with stub_for(here.service_target) as stub:
+            stub.DeleteRun(pb.DeleteRunRequest(name=name), timeout=30)  # which makes room
+            assert not stub.ListRuns(pb.ListRunsRequest(), timeout=30).runs
+        assert not run_dir.path.exists()
 
 
 def failed(here: World, name: str) -> bool:

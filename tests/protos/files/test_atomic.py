@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.protos.files.atomic import atomic_writer, write_atomic
+from tests.support.privileges import disk_of
 
 KILLED_BEFORE_RENAME = """
 import os, signal, sys
@@ -32,6 +33,16 @@ def test_a_crash_between_write_and_rename_leaves_the_old_file(tmp_path: Path) ->
     assert path.read_bytes() == b"old"
     write_atomic(path, b"newer")
     assert path.read_bytes() == b"newer"
+
+
+def test_a_full_disk_names_the_file_and_leaves_it(tmp_path: Path) -> None:
+    with disk_of(tmp_path / "disk", 1 << 20) as disk:
+        path = disk / "file"
+        write_atomic(path, b"old")
+        with pytest.raises(OSError, match="No space left on device") as full:
+            write_atomic(path, bytes(1 << 21))
+        assert full.value.filename == str(path)
+        assert (path.read_bytes(), len(list(disk.iterdir()))) == (b"old", 1)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import signal
@@ -19,11 +20,13 @@ from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.runs.__main__ import run as run_service
+from stillhouse.student_trainer.runs.data_dir import DataDir
 from stillhouse.student_trainer.runs.settings import RunServiceSettings
 from stillhouse.student_trainer.runs.store.run_state import ENDED
 from stillhouse.student_trainer.runs.store.store import Store
 from tests.student_trainer.runs.api.caller import refused, stub_for, wait_ended, watch
 from tests.student_trainer.runs.api.conftest import Service
+from tests.support.privileges import disk_of
 from tests.support.processes import no_process_left
 from tests.support.runs import wait_until
 
@@ -209,3 +212,17 @@ async def test_a_service_that_cannot_work_says_why_and_leaves_its_folder(
             async with serving(tmp_path, **changes):
                 raise AssertionError("it serves")
         assert caught.value.reason is Reason.INVALID_CONFIG
+
+
+def test_a_data_directory_on_a_full_disk_is_refused(tmp_path: Path) -> None:
+    with disk_of(tmp_path / "disk", 1 << 20) as disk:
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        for _ in range(2):  # the lock was released
+            with pytest.raises(
+                StillhouseError, match=r"the disk mounted at .* is full\. Free some space there"
+            ):
+                DataDir.open(disk / "data")
+        (disk / "filler").unlink()
+        DataDir.open(disk / "data").close()
