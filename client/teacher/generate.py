@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +24,8 @@ from stillhouse.protos.tensors.layout import decode, encode
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any] | teacher_pb2.Prompt
 """Text, token ids, messages, or an object with `messages`, `tools` and `chat_template_kwargs`."""
 
+SPARE_PIECES = 64
+"""Pieces of a sample without a token of their own, such as held-back text, beyond one for each token."""
 _FINISH = {
     teacher_pb2.SampleChunk.FINISH_REASON_UNSPECIFIED: "",
     teacher_pb2.SampleChunk.FINISH_REASON_STOP: "stop",
@@ -149,6 +152,8 @@ def pieces(
     for batch in _batched(prompts, most):
         request = teacher_pb2.GenerateRequest(prompts=batch)
         request.MergeFrom(template)
+        num_pieces: Counter[tuple[int, int]] = Counter()
+        num_tokens: Counter[tuple[int, int]] = Counter()
         for response in teacher.stream(teacher.stub.Generate, request):
             for chunk in response.chunks:
                 if not (0 <= chunk.prompt_index < len(batch) and 0 <= chunk.sample_index < most_samples):
@@ -157,9 +162,18 @@ def pieces(
                         f"the teacher sent sample {chunk.sample_index} of prompt {chunk.prompt_index}; requested were "
                         f"{most_samples} of {len(batch)} prompts.",
                     )
-                yield replace(
-                    piece_of(chunk, teacher.limits, template), prompt_index=offset + chunk.prompt_index
-                )
+                key = chunk.prompt_index, chunk.sample_index
+                piece = piece_of(chunk, teacher.limits, template)
+                num_pieces[key] += 1
+                num_tokens[key] += len(piece.token_ids)
+                most_tokens = teacher.limits.max_sequence_tokens
+                if num_tokens[key] > most_tokens or num_pieces[key] > 2 * most_tokens + SPARE_PIECES:
+                    raise StillhouseError(
+                        Reason.TENSOR_INVALID,
+                        f"the teacher sent {num_pieces[key]} pieces with {num_tokens[key]} tokens of one sample, and its "
+                        f"sequences have at most {most_tokens}.",
+                    )
+                yield replace(piece, prompt_index=offset + chunk.prompt_index)
         offset += len(batch)
 
 

@@ -172,6 +172,10 @@ class _Scorer:
                 max_top_k=self._config.top_k,
             )
             before.append(rows)
+            if not (rows.num_rows or result.last):  # such parts could go on for ever
+                raise StillhouseError(
+                    Reason.TENSOR_INVALID, f"the teacher sent a part without rows of sequence {number}."
+                )
         if result.last or result.HasField("error"):
             self._has_answered = True
             call.answer(number, _answer(sent, parts.pop(number), result))

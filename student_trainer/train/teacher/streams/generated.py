@@ -31,6 +31,7 @@ from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
 
 NUM_CALLS = 2
 """Generate calls to a service side by side: while one writes its last samples, the next has begun."""
+_ID_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,7 +143,19 @@ class TextStream(TeacherStream[_Prompt, list[TeacherSample]]):
             self._refuse(call, prompt_id, prompt.place, from_status(chunk.error))
             return
         key = chunk.prompt_index, chunk.sample_index
-        parts.setdefault(key, []).append(chunk)
+        if not 0 <= chunk.sample_index < self._generation.samples_per_prompt:
+            raise _invalid(
+                prompt, f"sample {chunk.sample_index} of {self._generation.samples_per_prompt} from 0 on"
+            )
+        found = parts.setdefault(key, [])
+        found.append(chunk)
+        num_bytes = sum(len(each.token_ids.data) for each in found)
+        if len(found) > prompt.max_new_tokens + 2 or num_bytes > _ID_BYTES * prompt.max_new_tokens:
+            raise _invalid(
+                prompt,
+                f"{len(found)} parts with {num_bytes // _ID_BYTES} tokens of one sample, at most {prompt.max_new_tokens} "
+                "were asked for",
+            )
         if chunk.finish_reason == SampleChunk.FINISH_REASON_UNSPECIFIED:
             return
         prompt.samples[chunk.sample_index] = self._whole(prompt, parts.pop(key))

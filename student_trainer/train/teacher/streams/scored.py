@@ -101,18 +101,25 @@ class ScoreStream(TeacherStream[TeacherQuery, Distributions]):
         sequence_id, asked = result.sequence_id, self._open_query(call, result)
         if asked is None:
             return
+        found = parts.setdefault(sequence_id, [])
         part = decode_distributions(
             result.distributions,
             vocab_size=self._teacher.info.vocab_size,
-            max_rows=asked.num_rows,
+            max_rows=asked.num_rows - sum(each.num_rows for each in found),
             max_top_k=self._config.top_k,
             queried_ids=asked.query_token_ids,
             queried_from=asked.start,
         )
+        found.append(part)
         if not result.last:
-            parts.setdefault(sequence_id, []).append(part)
+            if part.num_rows == 0:  # such parts could go on for ever
+                raise StillhouseError(
+                    Reason.TENSOR_INVALID,
+                    f"The teacher answered a part without rows of {asked.place}. Bring both sides to the same version of "
+                    "Stillhouse.",
+                )
             return
-        whole = Distributions.concat([*parts.pop(sequence_id, []), part])
+        whole = Distributions.concat(parts.pop(sequence_id))
         self._check_states(sent_states(whole), asked)
         call.answer(sequence_id, _checked(whole, asked))
 
