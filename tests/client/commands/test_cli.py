@@ -178,7 +178,9 @@ def test_a_full_disk_behind_the_output_is_one_sentence(tmp_path: Path) -> None:
             check=False,
         )
     assert done.returncode == 1
-    assert done.stderr == "Error: cannot write the output: No space left on device.\n"
+    assert done.stderr == (
+        "Error: cannot write the output: No space left on device; free some space there, or name another place.\n"
+    )
 
 
 def test_a_name_that_the_machine_refuses_is_one_sentence(tmp_path: Path) -> None:
