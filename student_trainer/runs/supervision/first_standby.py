@@ -17,6 +17,8 @@ from stillhouse.student_trainer.runs.supervision import training_process
 from stillhouse.student_trainer.runs.supervision.device_slots import DeviceRequest, DeviceSlots
 from stillhouse.student_trainer.runs.supervision.standby import FREE_BYTES, Expected, Standby
 
+OWN_CORE = 0.9
+"""Share of a core that a process has while its service starts, idle time included, if no other program wants that core."""
 LEAST_SAMPLE_S = 0.1
 """Least time over which cores are sampled; the kernel counts hundredths of a second."""
 
@@ -45,7 +47,7 @@ class FirstStandby:
     slots: DeviceSlots
     standby: Standby
     sample: CoreSample
-    """Cores that were idle beside the process: the service ends it where none was."""
+    """Cores that were idle, or computed for the process."""
 
     @classmethod
     def begin(cls, settings: RunServiceSettings, data_dir: DataDir) -> Self:
@@ -56,6 +58,10 @@ class FirstStandby:
         if settings.standby != "off" and psutil.virtual_memory().available >= FREE_BYTES:
             standby.keep(any_run(slots, data_dir.credentials_path))
         return cls(slots=slots, standby=standby, sample=CoreSample(standby.cpu_s))
+
+    def has_core(self) -> bool:
+        """True if the process took no core from another program."""
+        return self.sample.idle_cores() >= OWN_CORE
 
 
 def any_run(slots: DeviceSlots, credentials: Path) -> Expected | None:

@@ -61,19 +61,22 @@ class RunExpectation:
         self._until_s = self._called_s = -math.inf
         self._timer: asyncio.TimerHandle | None = None
 
-    async def start(self, newest: RunSpec | None, sample: CoreSample) -> None:
+    async def start(self, newest: RunSpec | None, *, has_core: bool) -> None:
         """Waits for a run like `newest`, of an earlier service, once a core is idle: programs that start beside this one go first.
 
-        `sample` was begun with the service.
+        It waits at once if a process that began with the service `has_core`, one of its own.
         """
         if newest is not None:
             self._like = self.needs(newest, self._slots.next_free)
+        if has_core:
+            self.sign()
+            return
         for _ in range(math.ceil(self._patience_s / SAMPLE_S)):
+            sample = CoreSample()
+            await asyncio.sleep(SAMPLE_S)
             if sample.idle_cores() >= self._idle_cores:
                 self.sign()
                 return
-            sample = CoreSample()
-            await asyncio.sleep(SAMPLE_S)
 
     def expected(self, waiting: Run | None, *, is_idle: bool) -> Expected | None:
         """The run that a process shall wait for: `waiting`, the first queued one, or one like the last; None if none shall."""

@@ -64,7 +64,7 @@ class Supervisor:
         self._unmonitored: ChildProcess | None = None
         """Process that has been started and has no monitor yet."""
         self._killed = False
-        self._standby, self._sample = first.standby, first.sample
+        self._first, self._standby = first, first.standby
         self.expectation = RunExpectation(
             settings.standby, self.slots, credentials=data_dir.credentials_path, on_change=self.wake
         )
@@ -81,7 +81,8 @@ class Supervisor:
         for run in await self._db(self._store.live):
             await self._adopt(run)
         newest, _ = await self._db(self._store.page, RunFilter(), before=None, limit=1)
-        began = self.expectation.start(newest[0].effective_spec if newest else None, self._sample)
+        newest_spec = newest[0].effective_spec if newest else None
+        began = self.expectation.start(newest_spec, has_core=self._first.has_core())
         self._news.set()
         self._background = {
             # First: the scheduler ends the process that waits unless a run is expected.

@@ -18,7 +18,7 @@ from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision import training_process
 from tests.conftest import Models
 from tests.student_trainer.config.specs import SMALLEST, cross_entropy_spec, spec_of
-from tests.student_trainer.runs.api.caller import stub_for, wait_ended, wait_step
+from tests.student_trainer.runs.api.caller import PATIENCE_S, stub_for, wait_ended, wait_step
 from tests.support.processes import no_process_left
 from tests.support.programs import WITHOUT_STANDBY, start_program, start_trainer
 from tests.support.runs import wait_until
@@ -88,7 +88,7 @@ def test_a_service_that_is_told_to_end_while_it_adopts_runs_stops_them(
             )
             later.process.send_signal(signal.SIGTERM)
             left.communicate()
-            code = later.process.wait(60)
+            code = later.process.wait(PATIENCE_S)
     store = Store.open(data_dir / "stillhouse.db")
     run = store.get(name.removeprefix("runs/"))
     store.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import Run, RunSpec
 from stillhouse.student_trainer.config.proto import from_proto, to_proto
 from stillhouse.student_trainer.runs.settings import StandbyMode
 from stillhouse.student_trainer.runs.supervision.device_slots import DeviceSlots
-from stillhouse.student_trainer.runs.supervision.first_standby import LEAST_SAMPLE_S, CoreSample
+from stillhouse.student_trainer.runs.supervision.first_standby import (
+    LEAST_SAMPLE_S,
+    CoreSample,
+    FirstStandby,
+)
 from stillhouse.student_trainer.runs.supervision.run_expectation import RunExpectation
-from stillhouse.student_trainer.runs.supervision.standby import FREE_BYTES, Expected
+from stillhouse.student_trainer.runs.supervision.standby import FREE_BYTES, Expected, Standby
 from tests.student_trainer.config.specs import SMALLEST, spec_of
 
 PATIENCE_S = 0.4
@@ -107,7 +112,7 @@ async def test_calls_of_a_program_that_polls_are_no_signs(tmp_path: Path) -> Non
 
 async def test_a_service_that_starts_waits_for_a_run_like_its_newest(tmp_path: Path) -> None:
     run = expectation(tmp_path)
-    await run.start(effective({"student": {"model": "m", "lora": {"rank": 8}}}), CoreSample())
+    await run.start(effective({"student": {"model": "m", "lora": {"rank": 8}}}), has_core=False)
     like = waits(run)
     assert like is not None
     assert like.adapter
@@ -116,23 +121,30 @@ async def test_a_service_that_starts_waits_for_a_run_like_its_newest(tmp_path: P
 
 async def test_a_service_that_starts_amid_other_work_waits_for_a_call(tmp_path: Path) -> None:
     run = expectation(tmp_path, idle_cores=1e6)
-    await run.start(None, CoreSample())
+    await run.start(None, has_core=False)
     assert waits(run) is None
     run.called()
     assert waits(run) is not None
     run.close()
 
 
-async def test_the_process_of_a_service_that_starts_stays_where_it_had_a_core_of_its_own(
-    tmp_path: Path,
-) -> None:
-    own_cpu_s = iter((0.0, 1e6))
-    sample = CoreSample(lambda: next(own_cpu_s))
-    await asyncio.sleep(LEAST_SAMPLE_S)
-    run = expectation(tmp_path, idle_cores=1e5)
-    await run.start(None, sample)
+async def test_a_process_that_began_with_its_service_goes_on_waiting_if_it_has_a_core(tmp_path: Path) -> None:
+    run = expectation(tmp_path, idle_cores=1e6)
+    await run.start(None, has_core=True)
     assert waits(run) is not None
     run.close()
+
+
+@pytest.mark.parametrize(("own_cpu_s", "has_core"), [(1e6, True), (-1e6, False)])
+def test_what_a_process_computes_counts_as_idle(own_cpu_s: float, has_core: bool, tmp_path: Path) -> None:
+    seconds = iter((0.0, own_cpu_s))
+    first = FirstStandby(
+        slots=DeviceSlots(gpus=(), cpu_slots=1),
+        standby=Standby(tmp_path),
+        sample=CoreSample(lambda: next(seconds)),
+    )
+    time.sleep(LEAST_SAMPLE_S)
+    assert first.has_core() == has_core
 
 
 async def test_a_run_that_was_checked_is_the_one_expected(tmp_path: Path) -> None:
