@@ -1,12 +1,12 @@
 """Draws a token and its position's likeliest ids and other draws from probabilities on a CPU, compiled with numba: few passes over a row.
 
 Sums are in float64, block by block, so that a draw looks into one block alone. A row's result is independent of the others.
-Axes: B sequences, V vocabulary, Q likeliest ids, R draws.
+Axes: B sequences, N rows, T places, V vocabulary, Q likeliest ids, R draws.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,20 @@ from stillhouse.protos.tensors.instructions_numba import wide_vectors
 _BLOCK = 128
 """Ids whose probabilities are summed, and compared, first."""
 
-SupportArrays: TypeAlias = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]
-"""The parts of `token_sampler.Support`."""
+
+class Places(NamedTuple):
+    """Arrays in which the parts of `token_sampler.Support` are filled in, and the place of each of B positions in them."""
+
+    rows: NDArray[np.int64]
+    """[B]."""
+    places: NDArray[np.int64]
+    """[B]."""
+    likeliest: NDArray[np.int32]
+    """[N, T, Q]."""
+    draws: NDArray[np.int32]
+    """[N, T, R]."""
+    draw_logprobs: NDArray[np.float32]
+    """[N, T, R]."""
 
 
 def draw_tokens(probs_BV: NDArray[np.float32], uniform_B: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -31,42 +43,25 @@ def draw_tokens(probs_BV: NDArray[np.float32], uniform_B: NDArray[np.float64]) -
 def draw_all(
     probs_BV: NDArray[np.float32],
     uniform_2B: NDArray[np.float64],
-    num_likeliest: int,
-    num_draws: int,
     least_step: float,
-) -> tuple[NDArray[np.int64], SupportArrays]:
+    places: Places,
+) -> NDArray[np.int64]:
     """`draw_tokens` by the first numbers and `take_support` by the second, of the same probabilities, in fewer passes."""
     tokens_B = np.empty(len(probs_BV), np.int64)
-    support = _empty_support(len(probs_BV), num_likeliest, num_draws)
-    _draw_all(probs_BV, probs_BV.view(np.int32), *uniform_2B, least_step, tokens_B, *support)
-    return tokens_B, support
+    _draw_all(probs_BV, probs_BV.view(np.int32), *uniform_2B, least_step, tokens_B, *places)
+    return tokens_B
 
 
 def take_support(
-    probs_BV: NDArray[np.float32],
-    uniform_B: NDArray[np.float64],
-    num_likeliest: int,
-    num_draws: int,
-    least_step: float,
-) -> SupportArrays:
-    """(Likeliest ids [B, Q] in falling order, ties by id, draws [B, R] from the others, logs of their mean shares).
+    probs_BV: NDArray[np.float32], uniform_B: NDArray[np.float64], least_step: float, places: Places
+) -> None:
+    """Fills in the likeliest ids, in falling order, ties by id, draws from the others, and the logs of their mean shares.
 
     As `token_sampler.Support` has them: on the line of the others' probabilities points lie at equal distances, at least
     `least_step`, and each id under one is drawn once.
     """
-    support = _empty_support(len(probs_BV), num_likeliest, num_draws)
-    _draw_all(
-        probs_BV, probs_BV.view(np.int32), uniform_B, uniform_B, least_step, np.empty(0, np.int64), *support
-    )
-    return support
-
-
-def _empty_support(batch: int, num_likeliest: int, num_draws: int) -> SupportArrays:
-    return (
-        np.zeros((batch, num_likeliest), np.int32),
-        np.empty((batch, num_draws), np.int32),
-        np.empty((batch, num_draws), np.float32),
-    )
+    no_tokens = np.empty(0, np.int64)
+    _draw_all(probs_BV, probs_BV.view(np.int32), uniform_B, uniform_B, least_step, no_tokens, *places)
 
 
 def _vectorised(function: Any) -> Any:
@@ -120,25 +115,32 @@ def _draw_all(  # noqa: PLR0917 - compiled code takes no keywords
     uniform_draws_B: Any,
     least_step: Any,
     tokens_B: Any,
-    likeliest_BQ: Any,
-    draws_BR: Any,
-    logprobs_BR: Any,
+    rows_B: Any,
+    places_B: Any,
+    likeliest_NTQ: Any,
+    draws_NTR: Any,
+    logprobs_NTR: Any,
 ) -> None:
     """Draws tokens too where there is room for them."""
     sums = np.empty(-(-probs_BV.shape[1] // _BLOCK), np.float64)
     highest = np.empty(len(sums), np.int32)
-    values = np.empty(likeliest_BQ.shape[1], np.int32)
+    values = np.empty(likeliest_NTQ.shape[2], np.int32)
     for row in range(len(probs_BV)):
         probs_V, keys_V = probs_BV[row], keys_BV[row]
         _scan(probs_V, keys_V, sums, highest)
         if len(tokens_B) > 0:
             tokens_B[row] = _draw_token(probs_V, sums, uniform_B[row])
-        _find_likeliest(keys_V, highest, values, likeliest_BQ[row])
-        if draws_BR.shape[1] > 0:
-            likeliest, draws, logprobs = likeliest_BQ[row], draws_BR[row], logprobs_BR[row]
+        own, place = rows_B[row], places_B[row]
+        likeliest, draws, logprobs = (
+            likeliest_NTQ[own, place],
+            draws_NTR[own, place],
+            logprobs_NTR[own, place],
+        )
+        _find_likeliest(keys_V, highest, values, likeliest)
+        if len(draws) > 0:
             _draw_others(probs_V, sums, uniform_draws_B[row], least_step, likeliest, draws, logprobs)
-            for place in range(len(likeliest)):
-                keys_V[likeliest[place]] = values[place]
+            for number in range(len(likeliest)):
+                keys_V[likeliest[number]] = values[number]
 
 
 @compiled_loop

@@ -216,10 +216,7 @@ class LocalSampler:
             for prompt, _ in copies
         ]
         widest = max((row.room for row in rows), default=1)
-        uniform_RT, uniform_tail_RT = (
-            each.to(self._device)
-            for each in _uniform([generator for _, generator in copies], [row.room for row in rows], widest)
-        )
+        uniform_2RT = _uniform([generator for _, generator in copies], [row.room for row in rows], widest)
         decode_rows = partial(
             decode,
             self._student.model,
@@ -231,21 +228,18 @@ class LocalSampler:
             lean=lean,
         )
         if self._device.type == "cpu":
-            buffer = RowBuffer(self._sampler(generation), len(rows), widest)
-
-            def draw_now(rows_B: Tensor, places_B: Tensor, logits_BV: Tensor) -> Tensor:
-                at = rows_B, places_B.clamp(max=widest - 1)
-                return buffer.draw(rows_B, places_B, logits_BV, uniform_RT[at], uniform_tail_RT[at])
+            buffer = RowBuffer(self._sampler(generation), uniform_2RT)
 
             def told(hear: Callable[[int, SampledText], None]) -> OnRow:
                 return lambda row, count: hear(row, self._text(buffer.row(row, count)))
 
             if tell is None:
-                decode_rows(draw_now, ended=told(keep))
+                decode_rows(buffer.draw, ended=told(keep))
             else:
-                decode_rows(draw_now, ended=told(keep), part_tokens=PART_TOKENS, advanced=told(tell))
+                decode_rows(buffer.draw, ended=told(keep), part_tokens=PART_TOKENS, advanced=told(tell))
             return
         recorder, taken = TokenRecorder(self._sampler(generation)), []
+        uniform_RT, uniform_tail_RT = torch.from_numpy(uniform_2RT).to(self._device)
 
         def draw(rows_B: Tensor, places_B: Tensor, logits_BV: Tensor) -> Tensor:
             at = rows_B, places_B.clamp(max=widest - 1)
@@ -299,10 +293,8 @@ class LocalSampler:
             ids[row, longest - len(prompt) :] = prompt
             mask[row, longest - len(prompt) :] = 1
         widest = max(rooms)
-        uniform_BT, uniform_tail_BT = (
-            each.to(self._device)
-            for each in _uniform([generator for _, generator in copies], [widest] * len(copies), widest)
-        )
+        uniform_2BT = _uniform([generator for _, generator in copies], [widest] * len(copies), widest)
+        uniform_BT, uniform_tail_BT = torch.from_numpy(uniform_2BT).to(self._device)
         sampler = _RecordingSampler(self._sampler(generation), uniform_BT, uniform_tail_BT)
         model: Any = self._student.model
         model.generate(
@@ -328,14 +320,13 @@ class LocalSampler:
 
 def _uniform(
     generators: Sequence[np.random.Generator], rooms: Sequence[int], widest: int
-) -> tuple[Tensor, Tensor]:
-    """Numbers of tokens and of draws, float64 in [0, LARGEST_UNIFORM], [rows, widest]; 0 beyond a row's room."""
+) -> NDArray[np.float64]:
+    """Numbers of tokens and of draws in [0, LARGEST_UNIFORM], [2, rows, widest]; 0 beyond a row's room."""
     numbers = np.zeros((2, len(rooms), widest))
     for row, (generator, room) in enumerate(zip(generators, rooms, strict=True)):
         for each in numbers:
             each[row, :room] = generator.random(room)
-    tokens, draws = torch.from_numpy(numbers.clip(max=LARGEST_UNIFORM))
-    return tokens, draws
+    return numbers.clip(max=LARGEST_UNIFORM)
 
 
 def _grouped(texts: Mapping[int, SampledText], size: int) -> list[list[SampledText]]:

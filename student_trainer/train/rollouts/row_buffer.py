@@ -6,8 +6,10 @@ Axes: B sequences, N rows, T places, V vocabulary, Q likeliest ids, R draws.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from stillhouse.student_trainer.train.rollouts.draws_numba import Places
 from stillhouse.student_trainer.train.rollouts.token_sampler import (
     Recorded,
     TokenSampler,
@@ -18,9 +20,13 @@ from stillhouse.student_trainer.train.rollouts.token_sampler import (
 class RowBuffer:
     """Draws tokens of rows in any order of places."""
 
-    def __init__(self, sampler: TokenSampler, num_rows: int, num_places: int) -> None:
+    def __init__(self, sampler: TokenSampler, uniform_2NT: NDArray[np.float64]) -> None:
+        """`uniform_2NT` are the numbers in [0, LARGEST_UNIFORM] of each token and of its draws."""
         self._sampler = sampler
-        # The last place takes what is drawn for rows that have ended. Memory that no row reaches is never touched.
+        # The last place takes what is drawn for rows that have ended.
+        self._uniform_2NT = np.pad(uniform_2NT, ((0, 0), (0, 0), (0, 1)))
+        # Memory that no row reaches is never touched.
+        _, num_rows, num_places = uniform_2NT.shape
         shape = num_rows, num_places + 1
         self._is_finite_NT = np.empty(shape, np.bool_)
         self._recorded = Recorded(
@@ -31,17 +37,17 @@ class RowBuffer:
             draw_logprobs=np.empty((*shape, sampler.num_draws), np.float32),
         )
 
-    def draw(
-        self, rows_B: Tensor, places_B: Tensor, logits_BV: Tensor, uniform_B: Tensor, uniform_draws_B: Tensor
-    ) -> Tensor:
+    def draw(self, rows_B: Tensor, places_B: Tensor, logits_BV: Tensor) -> Tensor:
         """Draws the token of each row at its place, int64 [B], as TokenRecorder does."""
-        drawn, support = self._sampler.draw_with_support(logits_BV, uniform_B, uniform_draws_B)
         last = self._is_finite_NT.shape[1] - 1
-        at = rows_B.numpy(), places_B.clamp(max=last).numpy()
-        self._is_finite_NT[at] = drawn.is_finite.numpy()
-        values = drawn.tokens.numpy(), drawn.logprobs.numpy(), *support
-        for array, value in zip(self._recorded, values, strict=True):
-            array[at] = value
+        rows, places = rows_B.numpy(), np.minimum(places_B.numpy(), last)
+        recorded = self._recorded
+        support = Places(rows, places, recorded.likeliest, recorded.draws, recorded.draw_logprobs)
+        uniform_2B = np.ascontiguousarray(self._uniform_2NT[:, rows, places])
+        drawn = self._sampler.draw_with_support(logits_BV, uniform_2B, support)
+        self._is_finite_NT[rows, places] = drawn.is_finite.numpy()
+        recorded.tokens[rows, places] = drawn.tokens.numpy()
+        recorded.logprobs[rows, places] = drawn.logprobs.numpy()
         return drawn.tokens
 
     def row(self, row: int, count: int) -> Recorded:

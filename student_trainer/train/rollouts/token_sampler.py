@@ -103,24 +103,21 @@ class TokenSampler:
         return Drawn(tokens=tokens_B, logprobs=logprobs_B, is_finite=is_finite_B)
 
     def draw_with_support(
-        self, logits_BV: Tensor, uniform_B: Tensor, uniform_draws_B: Tensor
-    ) -> tuple[Drawn, draws_numba.SupportArrays]:
-        """As `draw` and `support`, the latter's parts as arrays, for logits on a CPU."""
+        self, logits_BV: Tensor, uniform_2B: NDArray[np.float64], places: draws_numba.Places
+    ) -> Drawn:
+        """As `draw` by the first numbers and `support` by the second, whose parts are filled in at `places`, for logits on a CPU."""
         logits_BV = logits_BV[:, : self.num_valid].float()
         is_finite_B = torch.isfinite(logits_BV.sum(-1))
         probs_BV = logits_BV.softmax(-1)
-        wanted = self.num_likeliest, self.num_draws, self.least_step
         if self.generation.temperature == 1 and self.generation.top_p == 1:
-            uniform_2B = torch.stack([uniform_B, uniform_draws_B]).numpy()
-            tokens, support = draws_numba.draw_all(probs_BV.numpy(), uniform_2B, *wanted)
+            tokens = draws_numba.draw_all(probs_BV.numpy(), uniform_2B, self.least_step, places)
         else:
-            support = draws_numba.take_support(probs_BV.numpy(), uniform_draws_B.numpy(), *wanted)
+            draws_numba.take_support(probs_BV.numpy(), uniform_2B[1], self.least_step, places)
             probs_BV = self._probs(logits_BV)
-            tokens = draws_numba.draw_tokens(probs_BV.numpy(), uniform_B.numpy())
+            tokens = draws_numba.draw_tokens(probs_BV.numpy(), uniform_2B[0])
         tokens_B = torch.from_numpy(tokens)
         logprobs_B = probs_BV.gather(-1, tokens_B.unsqueeze(-1)).squeeze(-1).log()
-        drawn = Drawn(tokens=tokens_B, logprobs=logprobs_B, is_finite=is_finite_B)
-        return drawn, support
+        return Drawn(tokens=tokens_B, logprobs=logprobs_B, is_finite=is_finite_B)
 
     def _probs(self, logits_BV: Tensor) -> Tensor:
         """Probabilities of the sampling distribution."""

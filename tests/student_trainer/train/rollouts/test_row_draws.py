@@ -40,8 +40,8 @@ def test_compiled_draws_are_those_of_tensors(
     uniform, places = torch.rand(2, 64, dtype=torch.float64, generator=generator).clamp(max=LARGEST_UNIFORM)
     uniform[0], places[0], uniform[1] = LARGEST_UNIFORM, LARGEST_UNIFORM, 0.0
     sampler = TokenSampler(num_valid=size, num_likeliest=likeliest, num_draws=draws, generation=generation)
-    buffer = RowBuffer(sampler, 64, 1)
-    buffer.draw(torch.arange(64), torch.zeros(64, dtype=torch.int64), logits, uniform, places)
+    buffer = RowBuffer(sampler, torch.stack([uniform, places]).unsqueeze(-1).numpy())
+    buffer.draw(torch.arange(64), torch.zeros(64, dtype=torch.int64), logits)
     rows = [buffer.row(row, 1) for row in range(64)]
     tokens, logprobs, *rest = (torch.from_numpy(np.concatenate(each)) for each in zip(*rows, strict=True))
     support = Support(*rest)
@@ -77,9 +77,8 @@ def test_a_row_with_a_logit_that_is_not_finite_is_refused() -> None:
     sampler = TokenSampler(num_valid=40, num_likeliest=3, num_draws=5, generation=PLAIN)
     logits = torch.zeros(2, 40)
     logits[1, 7] = torch.nan
-    half = torch.full((2,), 0.5, dtype=torch.float64)
-    buffer = RowBuffer(sampler, 2, 1)
-    buffer.draw(torch.arange(2), torch.zeros(2, dtype=torch.int64), logits, half, half)
+    buffer = RowBuffer(sampler, np.full((2, 2, 1), 0.5))
+    buffer.draw(torch.arange(2), torch.zeros(2, dtype=torch.int64), logits)
     assert len(buffer.row(0, 1).tokens) == 1
     with pytest.raises(StillhouseError, match="non-finite while it samples") as error:
         buffer.row(1, 1)
