@@ -22,6 +22,7 @@ ROWS = 8
 AUTO_TOKENS: Mapping[str, int] = {"cpu": 4096, "gpu": 16384}
 """Tokens of a forward pass at most, where the file leaves them to the training process."""
 CPU_CHUNK_LOGITS, GPU_CHUNK_LOGITS = 2**26, 2**28
+CPU_CHUNK_ROWS = 1024
 PROCESS_BYTES: Mapping[str, int] = {"cpu": 600 * 2**20, "gpu": 900 * 2**20}
 """Bytes of a training process without a model: libraries, and on a GPU its context."""
 SLACK = 0.1
@@ -144,9 +145,9 @@ def _activations(shape: ModelShape, plan: MemoryPlan, element: int) -> int:
 
 def _logits(shape: ModelShape, plan: MemoryPlan, element: int) -> int:
     """One chunk's logits, which their gradient overwrites; on a GPU also their float32 exponentials."""
-    chunk = CPU_CHUNK_LOGITS if plan.device == "cpu" else GPU_CHUNK_LOGITS
-    number = min(plan.pass_tokens * shape.vocab, chunk)
-    return number * (element if plan.device == "cpu" else element + FLOAT_BYTES)
+    if plan.device == "cpu":
+        return element * min(min(plan.pass_tokens, CPU_CHUNK_ROWS) * shape.vocab, CPU_CHUNK_LOGITS)
+    return (element + FLOAT_BYTES) * min(plan.pass_tokens * shape.vocab, GPU_CHUNK_LOGITS)
 
 
 def teacher_bytes(shape: ModelShape, *, dtype_bytes: float, sequence_tokens: int) -> dict[str, int]:

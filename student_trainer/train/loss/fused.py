@@ -34,6 +34,8 @@ from stillhouse.student_trainer.train.loss.workspace import Workspace
 
 CPU_CHUNK_LOGITS = 2**26
 """Logits held at a time on a CPU."""
+CPU_CHUNK_ROWS = 1024
+"""Positions of a chunk on a CPU at most: with more, what is computed of their kept tokens leaves the caches, and products gain nothing."""
 GPU_CHUNK_LOGITS = 2**28
 """Logits held at a time on a GPU, which small chunks would leave idle."""
 
@@ -65,13 +67,16 @@ def fused_objective(
     even if `hidden` is non-finite there. Repeated calls should pass the same `workspace`. `upstream` is the gradient that
     the backward pass is going to bring, as far as the caller knows it: gradients that have it already are not scaled again.
     """
-    if chunk_logits is None:
-        chunk_logits = CPU_CHUNK_LOGITS if hidden.device.type == "cpu" else GPU_CHUNK_LOGITS
+    most_rows = hidden.shape[0]
+    if chunk_logits is None and hidden.device.type == "cpu":
+        chunk_logits, most_rows = CPU_CHUNK_LOGITS, min(most_rows, CPU_CHUNK_ROWS)
+    elif chunk_logits is None:
+        chunk_logits = GPU_CHUNK_LOGITS
     call = _FusedCall(
         positions=positions,
         config=config,
         vocab_size=vocab_size,
-        chunk_rows=max(1, min(chunk_logits // layer.weight.shape[0], hidden.shape[0])),
+        chunk_rows=max(1, min(chunk_logits // layer.weight.shape[0], most_rows)),
         with_gradients=torch.is_grad_enabled(),
         workspace=workspace or Workspace(),
         matmul_dtype=matmul_dtype,

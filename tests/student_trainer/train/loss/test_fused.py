@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
-from stillhouse.student_trainer.train.loss.fused import OutputLayer, fused_objective
+from stillhouse.student_trainer.train.loss.fused import CPU_CHUNK_ROWS, OutputLayer, fused_objective
 from stillhouse.student_trainer.train.loss.objective import ObjectiveSum, Positions, objective
 from stillhouse.student_trainer.train.loss.policy_gradient import SampledTokens
 from stillhouse.student_trainer.train.loss.sparse import DenseTargets, SparseTargets
@@ -250,6 +250,19 @@ def test_a_workspace_keeps_memory_by_name_and_type_and_grows() -> None:
     assert larger.shape == (5, 10)
     assert workspace.empty("logits", (4, 10), torch.float32, cpu).data_ptr() == larger.data_ptr()
     assert workspace.empty("logits", (2, 0), torch.bfloat16, cpu).dtype == torch.bfloat16
+
+
+def test_chunks_on_a_cpu_have_a_limited_number_of_positions() -> None:
+    num_rows, workspace = 2 * CPU_CHUNK_ROWS + 3, Workspace()
+    positions = Positions(
+        target_ids=torch.arange(num_rows).unsqueeze(0) % V, weights=torch.ones(1, num_rows), targets=None
+    )
+    hidden, layer = random_logits(num_rows, H, seed=4, dtype=torch.float32), _layer(torch.float32)
+    total = fused_objective(hidden, layer, positions, LOSSES["text alone"], workspace=workspace)
+    logits = workspace.empty("logits", (1, V), torch.float32, torch.device("cpu"))
+    assert logits.untyped_storage().nbytes() == CPU_CHUNK_ROWS * V * logits.element_size()
+    expected = fused_objective(hidden, layer, positions, LOSSES["text alone"], chunk_logits=num_rows * V)
+    torch.testing.assert_close(total.loss_sum, expected.loss_sum)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
