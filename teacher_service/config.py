@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.files.user_cache import user_cache
 from stillhouse.protos.settings import SHARED, bad_setting, check_settings, setting
 from stillhouse.protos.telemetry.host_cores import openmp_threads, usable_cores
 
@@ -140,8 +140,7 @@ class TeacherConfig:
     @property
     def upload_directory(self) -> Path:
         """Directory of uploaded adapters, resolved."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-        return (self.upload_dir or cache / "stillhouse" / "adapters").expanduser().resolve()
+        return (self.upload_dir or user_cache("adapters")).expanduser().resolve()
 
     @property
     def tokenizer_source(self) -> str:

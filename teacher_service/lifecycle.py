@@ -15,6 +15,7 @@ import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.atomic import write_atomic
+from stillhouse.protos.import_scans import keep_scans
 from stillhouse.protos.library_imports import MODEL_MODULES, import_modules
 from stillhouse.protos.rpc.audit import AuditLog
 from stillhouse.protos.rpc.auth import TokenFile
@@ -206,6 +207,7 @@ async def _load(config: TeacherConfig) -> _LoadedEngine:
         # On a CPU its threads would spin while they wait, on cores that a trainer beside it needs.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        keep_scans()
         # In a thread: importing torch takes seconds, in which the loop refuses calls and handles signals.
         await asyncio.to_thread(import_modules, [module, *(MODEL_MODULES if config.engine == "hf" else [])])
         engine = getattr(sys.modules[module], name)

@@ -28,6 +28,7 @@ from google.protobuf import json_format
 
 from stillhouse.protos.errors import Reason, StillhouseError, to_json, to_status
 from stillhouse.protos.files.disk_errors import is_full
+from stillhouse.protos.import_scans import keep_scans
 from stillhouse.protos.library_errors import is_failure
 from stillhouse.protos.library_imports import MODEL_MODULES, collector_paused, import_modules
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
@@ -217,6 +218,7 @@ def prepare_libraries() -> None:
         os.environ.setdefault(name, "1")
     # Deterministic matrix products need it on a GPU.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    keep_scans()
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

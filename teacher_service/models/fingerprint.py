@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import Any
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.atomic import write_atomic
+from stillhouse.protos.files.user_cache import user_cache
 
 # Keys of configurations that tell a file's origin or author, not its computation.
 _ORIGIN_KEYS = frozenset(
@@ -103,8 +103,7 @@ def file_sha256(path: Path) -> str:
 
 def cache_directory() -> Path:
     """Directory of cached digests of weight files."""
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "stillhouse" / "sha256"
+    return user_cache("sha256")
 
 
 def _hash_files(paths: Iterable[Path]) -> list[tuple[str, str]]:
