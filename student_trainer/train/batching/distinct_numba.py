@@ -24,6 +24,65 @@ def count_distinct(
     return None if most < 0 else (ids[:, :most], counts[:, :most], places[:, :most])
 
 
+def own_draws(
+    draws: NDArray[np.int32],
+    besides: NDArray[np.int32],
+    wanted: NDArray[np.bool_],
+    filling: int,
+    *,
+    logprobs: NDArray[np.float32],
+    draw_logprobs: NDArray[np.float32],
+) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]] | None:
+    """Ids of the same draws as `count_distinct`'s, their `logprobs`, and the share of each in its row's draws over e^`draw_logprobs`.
+
+    Both are [T, R]. Where a row has fewer draws, log-probabilities are -inf and shares 0. None if a row of draws does not ascend.
+    """
+    ids = np.empty(draws.shape, np.int32)
+    own, shares = np.empty(draws.shape, np.float32), np.empty(draws.shape, np.float32)
+    arrays = (np.ascontiguousarray(each) for each in (draws, logprobs, draw_logprobs))
+    most = int(_weigh(*arrays, besides, wanted, np.int32(filling), ids, own, shares))
+    return None if most < 0 else (ids[:, :most], own[:, :most], shares[:, :most])
+
+
+@compiled_loop
+def _weigh(  # noqa: PLR0917 - compiled code takes no keywords
+    draws: Any,
+    logprobs: Any,
+    draw_logprobs: Any,
+    besides: Any,
+    wanted: Any,
+    filling: Any,
+    ids: Any,
+    own: Any,
+    shares: Any,
+) -> Any:
+    """Fills in arrays of draws' shape; the most distinct draws of a row, or -1."""
+    num_draws, num_besides, most = draws.shape[1], besides.shape[1], 0
+    for row in range(draws.shape[0]):
+        found, other, before, is_other = 0, 0, -1, True
+        for place in range(num_draws):
+            token = draws[row, place]
+            if token < 0 or not wanted[row]:
+                continue
+            if token < before:
+                return -1
+            if token != before:
+                before = token
+                while other < num_besides and besides[row, other] < token:
+                    other += 1
+                is_other = other < num_besides and besides[row, other] == token
+                if not is_other:
+                    ids[row, found], own[row, found] = token, logprobs[row, place]
+                    shares[row, found] = 0
+                    proposed = draw_logprobs[row, place]
+                    found += 1
+            if not is_other:
+                shares[row, found - 1] += np.exp(-proposed) / np.float32(num_draws)
+        ids[row, found:], own[row, found:], shares[row, found:] = filling, -np.inf, 0
+        most = max(most, found)
+    return most
+
+
 @compiled_loop
 def _count(  # noqa: PLR0917 - compiled code takes no keywords
     draws: Any, besides: Any, wanted: Any, ids: Any, counts: Any, places: Any

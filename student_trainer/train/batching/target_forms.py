@@ -6,8 +6,9 @@ Axes: T positions, K kept tokens, R draws.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +26,11 @@ class TargetRows(NamedTuple):
 
     token_ids: NDArray[np.int32]
     """[T, K]."""
-    logprobs: NDArray[np.float64]
+    logprobs: NDArray[np.floating[Any]]
     """[T, K], -inf at PAD_ID."""
-    log_tail: NDArray[np.float64]
+    log_tail: NDArray[np.floating[Any]]
     """[T], -inf where nothing is left."""
-    draw_shares: NDArray[np.float64] | None = None
+    draw_shares: NDArray[np.floating[Any]] | None = None
     """[T, K]: share of each token in its row's draws from the tail, 0 for kept tokens; None in forms without such. Of draws of
     the student: the share over the probability with which the token was drawn."""
 
@@ -54,14 +55,14 @@ def target_rows(
     tail's mass, and the draws of the student, with their log-probabilities `draw_logprobs` in the distribution that they are
     from and the teacher's beside them. Raises StillhouseError(CAPABILITY) without draws of the teacher.
     """
+    if form == "student_tail":
+        return _with_own_draws(answer, _places(rows), draw_logprobs)
     ids, logprobs = answer.token_ids[rows], answer.logprobs[rows].astype(np.float64)
     log_tail = answer.log_tail[rows].astype(np.float64)
     if form == "tail_bucket":
         return TargetRows(ids, logprobs, log_tail)
     if form == "renormalise":
         return TargetRows(ids, logprobs, np.full_like(log_tail, -np.inf))
-    if form == "student_tail":
-        return _with_own_draws(TargetRows(ids, logprobs, log_tail), answer, rows, draw_logprobs)
     needs = answer.sampled_logprobs if form == "sampled_tail" else answer.sampled_token_ids
     if needs is None or answer.sampled_token_ids is None:
         raise StillhouseError(
@@ -140,29 +141,67 @@ def _with_tail(
     )
 
 
+def _places(rows: NDArray[np.int64]) -> NDArray[np.int64] | slice:
+    """Ascending rows, as a slice if one follows the other: it copies nothing."""
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
+
+
 def _with_own_draws(
-    kept: TargetRows,
-    answer: Distributions,
-    rows: NDArray[np.int64],
-    draw_logprobs: NDArray[np.float32] | None,
+    answer: Distributions, rows: NDArray[np.int64] | slice, draw_logprobs: NDArray[np.float32] | None
 ) -> TargetRows:
     """Kept tokens, and behind them the distinct draws of the student from outside them."""
-    ids, logprobs, log_tail, _ = kept
+    ids, logprobs, log_tail = answer.token_ids[rows], answer.logprobs[rows], answer.log_tail[rows]
     if answer.sampled_token_ids is None or answer.sampled_logprobs is None or draw_logprobs is None:
         return TargetRows(ids, logprobs, log_tail, np.zeros_like(logprobs))
-    draws = answer.sampled_token_ids[rows]
-    drawn = _distinct(draws, besides=ids, wanted=~np.isneginf(log_tail))
-    # Draws that fell on kept tokens count as draws: the estimate is of the part of the tail that is left.
-    shares = drawn.counts / max(1, draws.shape[1])
-    proposed = np.take_along_axis(draw_logprobs[rows].astype(np.float64), drawn.draws, axis=1)
-    own = np.take_along_axis(answer.sampled_logprobs[rows].astype(np.float64), drawn.draws, axis=1)
-    weights = np.where(drawn.token_ids < 0, 0.0, shares * np.exp(-proposed))
+    own_ids, own_logprobs, weights = _weighted(
+        answer.sampled_token_ids[rows],
+        answer.sampled_logprobs[rows],
+        draw_logprobs[rows],
+        besides=ids,
+        wanted=~np.isneginf(log_tail),
+    )
     return TargetRows(
-        np.concatenate([ids, drawn.token_ids], axis=1),
-        np.concatenate([logprobs, np.where(drawn.token_ids < 0, -np.inf, own)], axis=1),
+        np.concatenate([ids, own_ids], axis=1),
+        np.concatenate([logprobs, own_logprobs], axis=1),
         log_tail,
         np.concatenate([np.zeros_like(logprobs), weights], axis=1),
     )
+
+
+def _weighted(
+    draws: NDArray[np.int32],
+    logprobs: NDArray[np.float32],
+    draw_logprobs: NDArray[np.float32],
+    *,
+    besides: NDArray[np.int32],
+    wanted: NDArray[np.bool_],
+) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
+    """Distinct draws that are not `besides`, their log-probabilities, and their shares over those of drawing them."""
+    found = None
+    if draws.size >= COMPILED_DRAWS:
+        with contextlib.suppress(ImportError):
+            from stillhouse.student_trainer.train.batching.distinct_numba import own_draws
+
+            found = own_draws(
+                draws,
+                np.sort(besides, axis=1),
+                wanted,
+                PAD_ID,
+                logprobs=logprobs,
+                draw_logprobs=draw_logprobs,
+            )
+    if found is not None:
+        return found
+    drawn = _distinct(draws, besides=besides, wanted=wanted)
+    # Draws that fell on kept tokens count as draws: the estimate is of the part of the tail that is left.
+    shares = drawn.counts / max(1, draws.shape[1])
+    proposed = np.take_along_axis(draw_logprobs, drawn.draws, axis=1)
+    own = np.take_along_axis(logprobs, drawn.draws, axis=1)
+    is_unused = drawn.token_ids < 0
+    weights = np.where(is_unused, 0.0, shares * np.exp(-proposed)).astype(np.float32)
+    return drawn.token_ids, np.where(is_unused, -np.inf, own).astype(np.float32), weights
 
 
 class _DistinctDraws(NamedTuple):

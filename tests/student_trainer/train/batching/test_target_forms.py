@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from stillhouse.student_trainer.config.schema import LossConfig, RunConfig
 from stillhouse.student_trainer.train.batching.target_forms import (
     COMPILED_DRAWS,
     TargetForm,
+    TargetRows,
     _sort,
     _walk,
     entropy,
@@ -142,3 +144,34 @@ def test_draws_in_order_are_counted_as_those_in_any_order() -> None:
         for drawn, kept, is_wanted in zip(draws.tolist(), besides.tolist(), wanted, strict=True)
     ]
     assert counts.sum(axis=1).tolist() == expected
+
+
+def test_own_draws_in_order_weigh_what_those_in_any_order_do() -> None:
+    """Some are repeated, some kept, some empty; two rows have no tail."""
+    generator = np.random.default_rng(1)
+    rows, num_draws, num_ids = 40, 150, 300
+    assert rows * num_draws >= COMPILED_DRAWS
+    ids = generator.integers(-1, num_ids, (rows, num_draws)).astype(np.int32)
+    logprobs, proposed = np.log(generator.dirichlet(np.ones(num_ids), (2, rows))).astype(np.float32)
+    log_tail = np.where(np.arange(rows) < 2, -np.inf, -1).astype(np.float32)
+    kept = np.tile(np.arange(0, 60, 7, dtype=np.int32), (rows, 1))
+
+    def found(draws: np.ndarray) -> TargetRows:
+        answer = Distributions(
+            start=1,
+            token_ids=kept[:, ::-1],
+            logprobs=np.take_along_axis(logprobs, kept[:, ::-1], 1),
+            target_logprobs=np.zeros(rows, np.float32),
+            log_tail=log_tail,
+            sampled_token_ids=draws,
+            sampled_logprobs=np.take_along_axis(logprobs, draws, 1),
+        )
+        own = np.take_along_axis(proposed, draws, 1)
+        return target_rows(answer, np.arange(rows), "student_tail", draw_logprobs=own)
+
+    walked, sorted_out = found(np.sort(ids, axis=1)), found(ids)
+    assert (walked.token_ids[2:, kept.shape[1] :] >= 0).sum() > COMPILED_DRAWS / 4
+    pairs: Any = zip(walked, sorted_out, strict=True)
+    for one, other in pairs:
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+    np.testing.assert_array_equal(walked.token_ids[:2, kept.shape[1] :], -1)
