@@ -103,6 +103,21 @@ def _replace_by_shares(  # noqa: PLR0917
 
 
 @_compiled
+def number_at(logits_V: Any, place: Any, bits: Any) -> Any:
+    """One number of a row, in float32."""
+    return _wide(logits_V[place]) if bits else np.float32(logits_V[place])
+
+
+@_compiled
+def put_number(logits_V: Any, place: Any, bits: Any, number: Any) -> None:
+    """Overwrites one number of a row."""
+    if bits:
+        logits_V[place] = _narrow(number)
+    else:
+        logits_V[place] = number
+
+
+@_compiled
 def power_of_two(exponent: Any) -> Any:
     """2^exponent in float32 for exponents up to 127, 0 below -125; NaN for NaN and +inf."""
     shifted = np.float32(exponent + _ROUNDING)

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stillhouse.student_trainer.config.schema import LossConfig
+from stillhouse.student_trainer.train.loss import student_tail
 from stillhouse.student_trainer.train.loss.logit_chunk import LogitChunk
 from stillhouse.student_trainer.train.loss.objective import (
     ObjectiveSum,
@@ -232,6 +233,15 @@ def _chunk_objective(
 ) -> tuple[ObjectiveSum, Float[Tensor, "C 1"] | None]:
     """Computes a chunk's objective, replaces its logits by their gradient if wanted, and returns its row factors if any."""
     positions, config = call.positions.rows(rows), call.config
+    if differentiate and chunk.threads is not None and student_tail.computes(config, positions.targets):
+        return student_tail.differentiate(
+            chunk.logits,
+            chunk.threads,
+            positions,
+            config,
+            vocab_size=call.vocab_size,
+            upstream=call.upstream,
+        )
     teacher = teacher_side(
         positions.targets, config, num_logits=chunk.logits.shape[-1], vocab_size=call.vocab_size
     )

@@ -8,7 +8,8 @@ Axes: C positions of the chunk, R of a block, V vocabulary, H hidden units, K ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from stillhouse.student_trainer.train.loss.products import multiply
 from stillhouse.student_trainer.train.loss.readout import Readout
-from stillhouse.student_trainer.train.loss.row_threads import RowThreads
 from stillhouse.student_trainer.train.loss.sparse import FORBIDDEN_LOGPROB, TeacherBuckets, charge_forbidden
 from stillhouse.student_trainer.train.loss.workspace import Workspace
 
@@ -54,7 +54,8 @@ class LogitChunk:
     def __init__(self, memory: Tensor, block: Tensor, threads: RowThreads | None) -> None:
         self._memory = memory
         self._block = block
-        self._threads = threads
+        self.threads = threads
+        """Threads of compiled code over the logits; None where the vocabulary is small, or not on a CPU."""
         self._state: _ForwardState | None = None
         self.logits: Float[Tensor, "C V"] = memory
         """Rows filled last; after `differentiate` their gradient, up to the row factors that it returns."""
@@ -213,8 +214,8 @@ class LogitChunk:
 
         With `keep` the logits become exponentials, at a row's maximum 1, or e^40 at most, and their sums are returned as well.
         """
-        if self._threads is not None:
-            return self._compiled_logsumexp(self._threads, temperature, keep=keep)
+        if self.threads is not None:
+            return self._compiled_logsumexp(self.threads, temperature, keep=keep)
         logsumexps = self._block.new_empty(self.logits.shape[0], 1)
         sums = torch.empty_like(logsumexps)
         for rows, block in self._blocks(temperature, overwrite=keep):
@@ -239,7 +240,7 @@ class LogitChunk:
             num_rows,
             partial(
                 exponentials,
-                _bits(self.logits),
+                bits_of(self.logits),
                 scale=1 / temperature,
                 keep=keep,
                 references_R=references.numpy(),
@@ -258,14 +259,15 @@ class LogitChunk:
     ) -> None:
         """Replaces each logit by grad_rest_logits x its share of the rest, minus plain_share x q at temperature 1."""
         log_rest = state.log_rest.masked_fill(torch.isneginf(state.log_rest), 0.0)
-        if self._threads is not None:
+        if self.threads is not None:
             from stillhouse.protos.tensors.exponentials_numba import shares
 
             plain = torch.zeros_like(log_rest) if plain_share is None else plain_share
             columns = (log_rest, grad_rest_logits, state.log_total_plain, plain)
             by_row = [each.flatten().contiguous().numpy() for each in columns]
-            self._threads.run(
-                self.logits.shape[0], partial(shares, _bits(self.logits), by_row, scale=1 / state.temperature)
+            self.threads.run(
+                self.logits.shape[0],
+                partial(shares, bits_of(self.logits), by_row, scale=1 / state.temperature),
             )
             return
         for rows, block in self._blocks(state.temperature):
@@ -291,7 +293,7 @@ class LogitChunk:
             yield rows, block if temperature == 1.0 else block.div_(temperature)
 
 
-def _bits(logits: Float[Tensor, "C V"]) -> Any:
+def bits_of(logits: Float[Tensor, "C V"]) -> Any:
     """The logits' memory as an array: float32, or the bits of bfloat16."""
     array = (logits.view(torch.uint16) if logits.dtype == torch.bfloat16 else logits).detach().numpy()
     assert array.flags.c_contiguous
@@ -365,3 +367,28 @@ def _places(token_ids: Int64[Tensor, "C K"], logits: Float[Tensor, "C V"]) -> In
     """Returns the places of ids in the flattened logits."""
     rows = torch.arange(len(token_ids), device=token_ids.device).unsqueeze(-1)
     return (token_ids + rows * logits.shape[-1]).flatten()
+
+
+class RowThreads:
+    """The calling thread and, once there is work for them, helpers, which end with this object: they take rows as they get free."""
+
+    def __init__(self, num_threads: int, *, rows_per_piece: int) -> None:
+        self._num_threads = num_threads
+        self._rows_per_piece = rows_per_piece
+        self._helpers: ThreadPoolExecutor | None = None
+
+    def run(self, num_rows: int, work: Callable[[slice], None]) -> None:
+        """Calls `work`, which releases the interpreter's lock, with slices that cover the rows once. Raises the first error."""
+        pieces = iter(range(0, num_rows, self._rows_per_piece))
+
+        def take_pieces() -> None:
+            for first in pieces:
+                work(slice(first, min(first + self._rows_per_piece, num_rows)))
+
+        num_helpers = min(self._num_threads, -(-num_rows // self._rows_per_piece)) - 1
+        if num_helpers > 0 and self._helpers is None:
+            self._helpers = ThreadPoolExecutor(self._num_threads - 1, "stillhouse-logits")
+        helping = [self._helpers.submit(take_pieces) for _ in range(num_helpers)] if self._helpers else []
+        take_pieces()
+        for each in helping:
+            each.result()

@@ -112,13 +112,9 @@ def objective_of(
     readout: Readout, teacher: TeacherBuckets | None, positions: Positions, config: LossConfig
 ) -> ObjectiveSum:
     """Computes the objective from a readout of the logits at `positions`."""
-    weights, sampled, targets = positions.weights, positions.sampled, positions.targets
-    parts: dict[str, Tensor] = {}
-    hard = reduce(-readout.targets, weights).loss_sum
-    parts["cross_entropy"] = hard.detach()
-    total = config.hard_weight * hard
-    if sampled is not None:
-        parts |= drift(readout.targets, sampled, weights)
+    weights, sampled = positions.weights, positions.sampled
+    text = objective_of_text(readout.targets, positions, config)
+    total, parts = text.loss_sum, dict(text.parts)
     pair = None
     if teacher is not None and readout.buckets is not None:
         pair = bucket_pair(teacher, readout.buckets)
@@ -138,9 +134,21 @@ def objective_of(
         total = total + term.weight * summed
         if name in CHARGE_TAIL and pair is not None:
             parts["tail_clamped"] = reduce(_clamped(pair), weights).loss_sum
+    return ObjectiveSum(loss_sum=total, parts=parts)
+
+
+def objective_of_text(
+    target_logprobs: Float[Tensor, "B T"], positions: Positions, config: LossConfig
+) -> ObjectiveSum:
+    """Computes the cross-entropy's part of the objective, and the metrics that no term changes."""
+    weights, sampled, targets = positions.weights, positions.sampled, positions.targets
+    hard = reduce(-target_logprobs, weights).loss_sum
+    parts = {"cross_entropy": hard.detach()}
+    if sampled is not None:
+        parts |= drift(target_logprobs, sampled, weights)
     if isinstance(targets, SparseTargets):
         parts["teacher_mass"] = reduce(-torch.expm1(targets.log_tail.float()), weights).loss_sum
-    return ObjectiveSum(loss_sum=total, parts=parts)
+    return ObjectiveSum(loss_sum=config.hard_weight * hard, parts=parts)
 
 
 def teacher_side(

@@ -22,9 +22,9 @@ def load_first_use() -> None:
 
 def _load_kernels() -> None:
     """Calls the compiled loops of an answer and a step once; their first call loads numba's compiler."""
-    from stillhouse.protos.tensors import differences, falling_rows, sorted_rows
+    from stillhouse.protos.tensors import differences, falling_rows, reverse_kl_numba, sorted_rows
     from stillhouse.protos.tensors.exponentials_numba import exponentials, shares
-    from stillhouse.student_trainer.train.batching.distinct_numba import count_distinct
+    from stillhouse.student_trainer.train.batching.distinct_numba import count_distinct, own_draws
     from stillhouse.student_trainer.train.rollouts import llama_layer_numba
 
     one = slice(0, 1)
@@ -33,8 +33,11 @@ def _load_kernels() -> None:
         exponentials(logits_RV, one, scale=1.0, keep=True, references_R=references_R, sums_R=sums_R)
         shares(logits_RV, [np.zeros(1, np.float32)] * 4, one, scale=1.0)
     ids_TD = np.zeros((1, 1), np.int32)
-    count_distinct(ids_TD, ids_TD, np.ones(1, np.bool_), -1)
+    no_logprobs_TD, wanted = np.zeros((1, 1), np.float32), np.ones(1, np.bool_)
+    count_distinct(ids_TD, ids_TD, wanted, -1)
+    own_draws(ids_TD, ids_TD, wanted, -1, logprobs=no_logprobs_TD, draw_logprobs=no_logprobs_TD)
     differences.prepare()
     falling_rows.prepare()
     sorted_rows.prepare()
+    reverse_kl_numba.prepare()
     llama_layer_numba.prepare()
