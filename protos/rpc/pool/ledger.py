@@ -37,6 +37,8 @@ class Task(Generic[Item, R]):
     """The replica that has it."""
     since_s: float = 0.0
     """Time at which it got it."""
+    num_moves: int = 0
+    """Times that it was late and another replica got it."""
     is_answered: bool = False
     """Its answer is there, though not yet stored."""
 
@@ -141,7 +143,10 @@ class Ledger(Generic[Item, Answer, R]):
             self._give(chunk, members)
 
     def take_late(self) -> dict[Member[R], list[int]]:
-        """Gives free replicas the items for which others take far longer than they do; returns these by the replica that had them."""
+        """Gives free replicas the items for which others take far longer than they do; returns these by the replica that had them.
+
+        An item has twice the time after each move, so that one that takes any replica longer than the last ones is answered.
+        """
         free = [
             each
             for each in self.members
@@ -153,12 +158,14 @@ class Ledger(Generic[Item, Answer, R]):
         limit_s = max(LEAST_LATE_S, self._options.late * min(max(each.times_s) for each in free))
         now_s = self._clock.now_s()
         for item_id, task in self.tasks.items():
-            if task.member is not None and not task.is_answered and now_s - task.since_s > limit_s:
+            is_late = now_s - task.since_s > limit_s * 2**task.num_moves
+            if is_late and task.member is not None and not task.is_answered:
                 late.setdefault(task.member, []).append(item_id)
         for member, item_ids in late.items():
             member.queue = sorted(set(member.queue).difference(item_ids))
             for item_id in item_ids:
                 self._withdraw(self.tasks[item_id])
+                self.tasks[item_id].num_moves += 1
                 self._give([item_id], free)
         return late
 

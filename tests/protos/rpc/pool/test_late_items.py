@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from stillhouse.protos.rpc.pool import ledger, service_pool
-from stillhouse.protos.rpc.pool.service_pool import ServicePool
+from stillhouse.protos.rpc.pool.service_pool import Call, ServicePool
 from tests.protos.rpc.pool.world import Member, World
 
 
@@ -60,3 +62,29 @@ def test_no_replica_gets_items_of_another_that_is_as_quick(world: World) -> None
         assert pool.poll(world.wait) is None
     slow.gate.set()
     assert world.results(pool, 1) == [(100, "slow")]
+
+
+def test_an_item_that_takes_every_replica_long_is_answered(world: World) -> None:
+    one, other = world.member("one", is_open=False), world.member("other")
+    pool = _with_answers(world, one, other)
+    needed_s, moves = 10 * ledger.LEAST_LATE_S, []
+
+    def serve(member: Member, call: Call[int, str]) -> None:
+        for item_id in call.take():
+            until_s = world.clock.now + needed_s
+            while world.clock.now < until_s:
+                time.sleep(0.001)
+            call.answer(item_id, member.target)
+
+    pool._serve = serve
+    pool._on_late = lambda target, _number: moves.append(target)
+    pool.put({100: 1})
+    world.clock.step_s = 0.05
+    began_s = world.clock.now
+    try:
+        while (result := pool.poll(world.wait)) is None:
+            assert world.clock.now - began_s < 10 * needed_s, "it goes to and fro"
+    finally:
+        world.clock.now += 2 * needed_s
+    assert result[0] == 100
+    assert 1 < len(moves) < 5
