@@ -214,10 +214,20 @@ class RemoteSampler(Endpoint):
                         f"{fingerprint[:12]} was asked for.",
                     )
                 key = number, sample = chunk.prompt_index, chunk.sample_index
-                if number not in texts or sample in texts[number]:
-                    continue
+                if not 0 <= sample < num_samples or number not in texts or sample in texts[number]:
+                    raise StillhouseError(
+                        Reason.TENSOR_INVALID,
+                        f"The service at {self.target} sent a part of sample {sample} of prompt {number}, which was not asked for "
+                        "or had ended.",
+                    )
                 if key not in written:
-                    written[key] = WrittenText(reader, prompts[number].seed, sample, self._present_draws)
+                    written[key] = WrittenText(
+                        reader,
+                        prompts[number].seed,
+                        sample,
+                        num_draws=self._present_draws,
+                        max_new_tokens=prompts[number].max_new_tokens,
+                    )
                 written[key].add(chunk)
                 if chunk.finish_reason == SampleChunk.FINISH_REASON_UNSPECIFIED:
                     self._tell(prompts[number].on_part, sample, written[key])

@@ -22,6 +22,9 @@ from stillhouse.student_trainer.train.rollouts.token_sampler import POINTS_PER_D
 _THINNING_STREAM = 7
 """Separates these random numbers from those of texts."""
 _MAX_DISTANCE = 2**30
+_ID_BYTES = 4
+_SPARE_PIECES = 2
+"""Pieces of a text beyond one for each token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,13 +84,16 @@ class PieceReader:
 class WrittenText:
     """The pieces of one text so far."""
 
-    def __init__(self, reader: PieceReader, seed: int, sample: int, num_draws: int) -> None:
-        """`seed` is the prompt's, and `num_draws` the columns of draws that the service was asked for."""
+    def __init__(
+        self, reader: PieceReader, seed: int, sample: int, *, num_draws: int, max_new_tokens: int
+    ) -> None:
+        """`seed` is the prompt's; of `num_draws` columns of draws and `max_new_tokens` the service was asked for."""
         self._reader = reader
-        self._num_draws = num_draws
+        self._num_draws, self._max_new_tokens = num_draws, max_new_tokens
         self._generator = np.random.Generator(np.random.PCG64([seed, sample, _THINNING_STREAM]))
         self._pieces: list[SampledText] = []
         self._num_tokens = self._num_taken = 0
+        self._num_chunks = self._num_sent = 0
         self._has_ended = False
 
     @property
@@ -96,7 +102,15 @@ class WrittenText:
         return not self._has_ended and self._num_tokens - self._num_taken >= PART_TOKENS
 
     def add(self, chunk: SampleChunk) -> None:
-        """Adds the next piece. Raises StillhouseError."""
+        """Adds the next piece. Raises StillhouseError, also for a text that is longer than what was asked for, and might never end."""
+        self._num_chunks += 1
+        self._num_sent += len(chunk.token_ids.data) // _ID_BYTES
+        if self._num_sent > self._max_new_tokens or self._num_chunks > self._max_new_tokens + _SPARE_PIECES:
+            raise StillhouseError(
+                Reason.TENSOR_INVALID,
+                f"The service at {self._reader.target} sent {self._num_chunks} parts with {self._num_sent} tokens of one text; "
+                f"at most {self._max_new_tokens} were asked for.",
+            )
         if self._has_ended:
             return
         piece = self._reader.read(chunk, self._generator)

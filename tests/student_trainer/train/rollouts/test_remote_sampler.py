@@ -25,6 +25,7 @@ from tests.student_trainer.train.runs import (
     metric,
     spec_of,
 )
+from tests.support.networks.endless_teacher import Change, EndlessTeacher, without_end
 from tests.support.networks.tcp_proxy import TcpProxy
 from tests.support.processes import no_process_left
 from tests.support.programs import Program, start_teacher
@@ -107,6 +108,28 @@ def test_a_service_on_another_base_is_refused(
     )
     assert finish_here(run_dir) == EXIT_FAILED
     assert "cannot be loaded: size mismatch" in failure(run_dir)
+
+
+def _repeated(_answer: object) -> None:
+    """Whole texts, again and again."""
+
+
+@pytest.mark.parametrize("change", [without_end, _repeated], ids=["parts", "repeated"])
+def test_endless_texts_of_a_service_end_a_run(
+    *,
+    change: Change,
+    models: Models,
+    dataset_file: Path,
+    hf_teacher: Program,
+    writer: Program,
+    tmp_path: Path,
+) -> None:
+    with EndlessTeacher(writer.target, change) as endless:
+        spec = _spec(models, dataset_file, hf_teacher.target, endless.target)
+        run_dir = make_run(tmp_path, "endless", spec)
+        assert finish_here(run_dir) == EXIT_FAILED
+    said = "or had ended" if change is _repeated else "of one text; at most 6 were asked for"
+    assert said in failure(run_dir)
 
 
 @pytest.fixture(scope="module")

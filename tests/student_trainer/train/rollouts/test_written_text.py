@@ -16,7 +16,7 @@ from stillhouse.student_trainer.train.rollouts.local_sampler import PART_TOKENS
 from stillhouse.student_trainer.train.rollouts.token_sampler import POINTS_PER_DRAW
 from stillhouse.student_trainer.train.rollouts.written_text import PieceReader, WrittenText, distinct_draws
 
-VOCAB, DRAWS, END = 50, 8, 3
+VOCAB, DRAWS, END, MAX_TOKENS = 50, 8, 3, 3 * PART_TOKENS
 
 
 def _rows(token_ids: list[int], probs: np.ndarray[Any, Any], start: int, place: float = 0.5) -> Distributions:
@@ -89,7 +89,7 @@ def _text() -> WrittenText:
         num_likeliest=1,
         end_ids=[END],
     )
-    return WrittenText(reader, seed=1, sample=0, num_draws=DRAWS)
+    return WrittenText(reader, seed=1, sample=0, num_draws=DRAWS, max_new_tokens=MAX_TOKENS)
 
 
 def test_a_text_in_pieces_is_that_of_one_piece() -> None:
@@ -142,3 +142,22 @@ def test_a_text_without_tokens_is_refused() -> None:
     )
     with pytest.raises(StillhouseError, match="without tokens"):
         text.text()
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "is_ended"),
+    [([5] * PART_TOKENS, False), ([], False), ([5, END], True)],
+    ids=["tokens", "none", "behind the end"],
+)
+def test_a_text_that_never_ends_is_refused(token_ids: list[int], is_ended: bool) -> None:
+    text, piece = _text(), SampleChunk(token_ids=encode(np.zeros(0, np.int32)))
+    if token_ids:
+        piece = _chunk(token_ids, 10)
+
+    def add_endlessly() -> None:
+        for _ in range(2 * MAX_TOKENS):
+            text.add(piece)
+
+    with pytest.raises(StillhouseError, match=f"of one text; at most {MAX_TOKENS} were asked for"):
+        add_endlessly()
+    assert text._has_ended == is_ended
