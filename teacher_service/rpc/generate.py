@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -181,6 +181,7 @@ class GenerateSession:
         decoder = self._serving.codec.stream_decoder(sampling.stop, prompt.token_ids.tolist())
         pending = sample_chunks.PendingChunks()
         withheld: list[_SampleUpdate] = []
+        num_withheld = 0
         first = True
         async with aclosing(self._serving.engine.generate(item)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
@@ -200,18 +201,17 @@ class GenerateSession:
                     )
                     first = False
                     withheld.append(one)
-                    if finish or self._is_part(withheld):
+                    num_withheld += len(kept.token_ids)
+                    if finish or self._is_part(num_withheld):
                         self._enqueue_cut(next(_merged(withheld)))
                         withheld.clear()
+                        num_withheld = 0
                 if finish:
                     return
 
-    def _is_part(self, withheld: Sequence[_SampleUpdate]) -> bool:
-        """True if the caller wants these updates of an unfinished sample."""
-        if not self._request.whole_samples:
-            return True
-        held = sum(len(each.chunk.token_ids) for each in withheld if each.chunk is not None)
-        return 0 < self._request.part_tokens <= held
+    def _is_part(self, num_tokens: int) -> bool:
+        """True if the caller wants so many tokens of an unfinished sample."""
+        return not self._request.whole_samples or 0 < self._request.part_tokens <= num_tokens
 
     def _num_new(self, prompt: _Prompt) -> int:
         room = self._serving.info.max_sequence_tokens - len(prompt.token_ids)
