@@ -16,11 +16,13 @@ MAX_GROWTH_BYTES = 1 << 30
 """Memory that the process may take while one conversation is rendered; looked at every _POLL_S."""
 MAX_RENDERED_CHARACTERS = 1 << 24
 MAX_TEMPLATE_CHARACTERS = 1 << 20
+_LEAST_S = 0.02
+"""CPU time below which a rendering is not what the process grew by: a usual one beside a model that is loaded."""
 _POLL_S = 0.1
 
 _lock = threading.Lock()
-_running: dict[int, tuple[int, float]] = {}
-"""Thread to the clock of its CPU time, and the time on it at which its rendering is to be ended; a new tuple for each."""
+_running: dict[int, tuple[int, float, float]] = {}
+"""Thread to the clock of its CPU time, and the times on it at which its rendering began and is to be ended; a new tuple for each."""
 _interrupts: dict[int, type[_TookTooLong]] = {}
 """Thread to what its rendering was ended by."""
 _watcher: threading.Thread | None = None
@@ -39,7 +41,7 @@ def bounded_rendering(limit_s: float | None = None) -> Iterator[None]:
         return
     thread = threading.get_ident()
     clock = time.pthread_getcpuclockid(thread)
-    _watch(thread, clock, time.clock_gettime(clock) + (RENDER_S if limit_s is None else limit_s))
+    _watch(thread, clock, RENDER_S if limit_s is None else limit_s)
     try:
         try:
             yield
@@ -82,10 +84,11 @@ class _TookTooMuch(_TookTooLong):
     """Raised likewise."""
 
 
-def _watch(thread: int, clock: int, end: float) -> None:
+def _watch(thread: int, clock: int, limit_s: float) -> None:
     global _watcher  # noqa: PLW0603 - one thread watches all others, for it would cost more than most renderings
+    begin = time.clock_gettime(clock)
     with _lock:
-        _running[thread] = (clock, end)
+        _running[thread] = (clock, begin, begin + limit_s)
         if _watcher is None or not _watcher.is_alive():
             _watcher = threading.Thread(target=_end_long_ones, name="rendering", daemon=True)
             _watcher.start()
@@ -96,7 +99,7 @@ def _end_long_ones() -> None:
     global _watcher  # noqa: PLW0603
     idle_s = 0.0
     resident_bytes = _resident_bytes()
-    seen: dict[int, tuple[tuple[int, float], int]] = {}
+    seen: dict[int, tuple[tuple[int, float, float], int]] = {}
     """Thread to its rendering, and the memory of the process when it was not there yet."""
     while True:
         time.sleep(_POLL_S)
@@ -106,12 +109,14 @@ def _end_long_ones() -> None:
             for thread, rendering in list(_running.items()):
                 if thread not in seen or seen[thread][0] is not rendering:
                     seen[thread] = rendering, before_bytes
-                clock, end = rendering
+                clock, begin, end = rendering
+                now = time.clock_gettime(clock)
+                has_grown = resident_bytes - seen[thread][1] > MAX_GROWTH_BYTES
                 kind = (
                     _TookTooLong
-                    if time.clock_gettime(clock) > end
+                    if now > end
                     else _TookTooMuch
-                    if resident_bytes - seen[thread][1] > MAX_GROWTH_BYTES
+                    if has_grown and now - begin > _LEAST_S
                     else None
                 )
                 if kind:

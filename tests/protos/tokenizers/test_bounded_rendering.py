@@ -50,6 +50,25 @@ def test_a_process_that_grew_before_does_not_end_a_rendering(monkeypatch: pytest
     assert len(held) == 1 << 28
 
 
+def test_a_process_that_grows_does_not_end_short_renderings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_GROWTH_BYTES", 1 << 24)
+    grown: list[bytearray] = []
+
+    def grow() -> None:
+        for _ in range(64):
+            grown.append(bytearray(b"a") * (1 << 24))
+            time.sleep(0.01)
+
+    other = threading.Thread(target=grow)
+    other.start()
+    while other.is_alive():
+        with bounded_rendering():
+            began = time.thread_time()
+            while time.thread_time() - began < 0.002:
+                pass
+    assert len(grown) == 64
+
+
 @pytest.mark.parametrize("traced", [False, True])
 def test_an_end_that_comes_late_or_is_caught_is_told_once(*, traced: bool) -> None:
     before = sys.gettrace()
