@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -116,6 +116,8 @@ class ScoreInput:
     token_type_ids: Int32Array | None = None
     """[T], each in [0, num_token_types), for a classifier; None means 0."""
     options: DistributionOptions
+    on_reused: Callable[[int], None] | None = None
+    """Told the number of tokens at the start that a prefix cache held, by an engine with one, before the rows are returned."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

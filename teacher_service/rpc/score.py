@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stillhouse.protos.errors import Reason, StillhouseError, to_status
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
@@ -143,16 +143,17 @@ class ScoreSession:
         # Outside the sequence's timeout: it does not run while the caller does not read.
         await self._unread.reserve(num_bytes)
         try:
-            rows, queried = await self._score(sequence, options, owns_id)
+            scored = await self._score(sequence, options, owns_id)
         except Exception as error:
             self._serving.counters.sequences_refused += 1
             result = teacher_pb2.ScoreResult(sequence_id=sequence_id, error=to_status(error), last=True)
             self._batcher.put(_ResultPart(result, owns_id, num_bytes), result.ByteSize())
             return
-        self._serving.counters.tokens_scored += rows.num_rows
-        self._serving.throughput.scored(self._client, rows.num_rows)
+        num_rows = scored.rows.num_rows
+        self._serving.counters.tokens_scored += num_rows
+        self._serving.throughput.scored(self._client, num_rows)
         self._serving.counters.scoring_seconds += time.monotonic() - began
-        for result in _results(sequence_id, rows, options, wire, queried):
+        for result in _results(sequence_id, scored, options, wire):
             part = _ResultPart(result, owns_id, num_bytes if result.last else 0)
             self._batcher.put(part, result.ByteSize())
 
@@ -170,8 +171,7 @@ class ScoreSession:
 
     async def _score(
         self, sequence: teacher_pb2.ScoreSequence, options: DistributionOptions, owns_id: bool
-    ) -> tuple[Distributions, Int32Array | None]:
-        """The sequence's rows, and the ids that were queried as DIFFERENCES."""
+    ) -> _Scored:
         if not owns_id:
             raise invalid_request(
                 f"sequence_id {sequence.sequence_id} is still unanswered. Give concurrent sequences different ids."
@@ -184,6 +184,8 @@ class ScoreSession:
         try:
             async with asyncio.timeout(timeout_ms / 1000):
                 item = check_sequence(sequence, options, self._serving.info)
+                reused: list[int] = []
+                item = replace(item, on_reused=reused.append)
                 cost = self._serving.capacity.score_cost(len(item.token_ids))
                 async with (
                     self._serving.adapters.use(item.adapter),
@@ -198,17 +200,29 @@ class ScoreSession:
                 metadata={"timeout_ms": str(timeout_ms)},
             ) from error
         coded = sequence.query_token_ids.dtype == Tensor.DATA_TYPE_DIFFERENCES
-        return rows, item.query_token_ids if coded else None
+        return _Scored(
+            rows=rows,
+            queried=item.query_token_ids if coded else None,
+            num_reused=reused[-1] if reused else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Scored:
+    """A sequence's rows."""
+
+    rows: Distributions
+    queried: Int32Array | None
+    """Ids that were queried as DIFFERENCES."""
+    num_reused: int | None
+    """Tokens that the prefix cache held; None from an engine without one."""
 
 
 def _results(
-    sequence_id: int,
-    rows: Distributions,
-    options: DistributionOptions,
-    wire: WireFormat,
-    queried: Int32Array | None,
+    sequence_id: int, scored: _Scored, options: DistributionOptions, wire: WireFormat
 ) -> Iterator[teacher_pb2.ScoreResult]:
     """The messages of a sequence's rows, each of at most PART_BYTES where a row fits into that; the last one says so."""
+    rows, queried = scored.rows, scored.queried
     if options.classes:
         parts = [
             teacher_pb2.ScoreResult(sequence_id=sequence_id, classes=each)
@@ -220,8 +234,10 @@ def _results(
     step = max(1, PART_BYTES // (rows.row_bytes + 1))
     for begin in range(0, rows.num_rows, step):
         end = min(begin + step, rows.num_rows)
+        is_last = end == rows.num_rows
         yield teacher_pb2.ScoreResult(
             sequence_id=sequence_id,
             distributions=wire.encode(rows.rows(begin, end), None if queried is None else queried[begin:end]),
-            last=end == rows.num_rows,
+            last=is_last,
+            reused_tokens=scored.num_reused if is_last else None,
         )

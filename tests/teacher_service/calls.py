@@ -31,6 +31,8 @@ class Teacher:
         self._channel = connect(target)
         self.stub = teacher_pb2_grpc.TeacherServiceStub(self._channel)
         self.info = self.stub.GetTeacherInfo(teacher_pb2.GetTeacherInfoRequest())
+        self.reused: dict[int, int] = {}
+        """Tokens from the prefix cache by sequence_id, of the latest call."""
 
     def close(self) -> None:
         self._channel.close()
@@ -52,6 +54,7 @@ class Teacher:
     def score_stream(self, requests: Iterator[teacher_pb2.ScoreRequest]) -> dict[int, Answer]:
         parts: dict[int, list[Distributions]] = {}
         answers: dict[int, Answer] = {}
+        self.reused = {}
         try:
             for response in self.stub.Score(requests):
                 assert response.ByteSize() <= 1024 * 1024
@@ -68,6 +71,9 @@ class Teacher:
                         max_top_k=self.info.max_top_k,
                     )
                     parts.setdefault(result.sequence_id, []).append(rows)
+                    if result.HasField("reused_tokens"):
+                        assert result.last
+                        self.reused[result.sequence_id] = result.reused_tokens
                     if result.last:
                         answers[result.sequence_id] = Distributions.concat(parts.pop(result.sequence_id))
         except grpc.RpcError as error:

@@ -1068,10 +1068,15 @@ class ScoreResult(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     CLASSES_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
+    REUSED_TOKENS_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """The sequence."""
     last: _builtins.bool
     """True on the last part for this sequence."""
+    reused_tokens: _builtins.int
+    """Tokens at the sequence's start that were not computed again, as the prefix cache held them; on the last part, from
+    teachers with CAPABILITY_PREFIX_REUSE.
+    """
     @_builtins.property
     def distributions(self) -> _tensor_pb2.TokenDistributions:
         """Rows; parts of one sequence arrive in order of `start`."""
@@ -1092,13 +1097,19 @@ class ScoreResult(_message.Message):
         error: _status_pb2.Status | None = ...,
         classes: Global___ClassDistribution | None = ...,
         last: _builtins.bool = ...,
+        reused_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "distributions", b"distributions", "error", b"error", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_reused_tokens", b"_reused_tokens", "classes", b"classes", "distributions", b"distributions", "error", b"error", "result", b"result", "reused_tokens", b"reused_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "distributions", b"distributions", "error", b"error", "last", b"last", "result", b"result", "sequence_id", b"sequence_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reused_tokens", b"_reused_tokens", "classes", b"classes", "distributions", b"distributions", "error", b"error", "last", b"last", "result", b"result", "reused_tokens", b"reused_tokens", "sequence_id", b"sequence_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__reused_tokens: _TypeAlias = _typing.Literal["reused_tokens"]  # noqa: Y015
+    _WhichOneofArgType__reused_tokens: _TypeAlias = _typing.Literal["_reused_tokens", b"_reused_tokens"]  # noqa: Y015
     _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["distributions", "error", "classes"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reused_tokens) -> _WhichOneofReturnType__reused_tokens | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
 Global___ScoreResult: _TypeAlias = ScoreResult  # noqa: Y015

@@ -51,14 +51,14 @@ class StudentFeed(Feed):
         version: Callable[[], int],
         gate: WarmStart,
         queries_top_k: bool,
-        queries_parts: bool,
+        queries_parts: Callable[[], bool],
         max_staleness: int,
         teachers_per_query: int = 1,
     ) -> None:
         """`in_flight` holds the rollouts that no step has consumed yet, `version` counts the updates of the weights.
 
-        With `queries_top_k` the teacher is queried about the student's top-k too, and with `queries_parts` about the parts of a text
-        while it is written. At most `max_staleness` of the steps ahead are sampled before their turn. Each query counts for
+        With `queries_top_k` the teacher is queried about the student's top-k too, and while `queries_parts` about the parts of
+        a text while it is written. At most `max_staleness` of the steps ahead are sampled before their turn. Each query counts for
         `teachers_per_query` teachers, whose outputs are mixed.
         """
         super().__init__(settings, [targets])
@@ -104,7 +104,7 @@ class StudentFeed(Feed):
             self._submit(step, sample, rollout, slots[place].row, is_part=True)
 
         # The teacher scores texts, and what is there of the others, while these are still being written.
-        on_part = send_part if self._queries_parts else None
+        on_part = send_part if self._queries_parts() else None
 
         def send_all(place: int, texts: Sequence[SampledText]) -> None:
             for sample, text in enumerate(texts):
@@ -149,7 +149,8 @@ class StudentFeed(Feed):
 
     def _submit_rest(self, parts: list[_Part], rollout: Rollout, row: int | None) -> None:
         """Queries the targets of a rollout behind `parts`."""
-        start = parts[-1].end if parts else rollout.start
+        num_scored = parts[-1].end if parts else 0
+        start = num_scored or rollout.start
         if start == len(rollout.token_ids):
             return
         query = TeacherQuery(
@@ -159,6 +160,7 @@ class StudentFeed(Feed):
             teacher=rollout.teacher,
             teacher_prompts={} if row is None else self._settings.examples[row].teacher_prompts,
             query_token_ids=_queried(rollout, start - rollout.start) if self._queries_top_k else None,
+            num_scored=num_scored,
         )
         parts.append(_Part(query_id=self._num_queries, end=len(rollout.token_ids)))
         self._num_queries += 1

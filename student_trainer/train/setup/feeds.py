@@ -108,7 +108,7 @@ class FeedFactory:
             version=self.state.progress.version,
             gate=gate,
             queries_top_k=queries_top_k,
-            queries_parts=teachers.reuse_prefixes,
+            queries_parts=lambda: teachers.reuse_prefixes,
             teachers_per_query=len(run.teachers) if is_ensemble(run) else 1,
             # A run that no service has created settles it here.
             max_staleness=max_staleness(

@@ -120,7 +120,10 @@ class OnlineTeachers:
 
     @property
     def reuse_prefixes(self) -> bool:
-        return all(CAPABILITY_PREFIX_REUSE in each.info.capabilities for each in self.members.values())
+        return all(
+            CAPABILITY_PREFIX_REUSE in each.info.capabilities and each.prefix_reuse.pays
+            for each in self.members.values()
+        )
 
     def open_stream(self, request: TargetRequest, *, cacheable: bool = True) -> TargetStream:
         streams = {

@@ -37,6 +37,8 @@ class TeacherQuery:
     """[S]: the student's tokens before `start`, where those of `token_ids` are a teacher's alone."""
     token_type_ids: NDArray[np.int32] | None = None
     """[T]: segments of a classifier's pair of texts."""
+    num_scored: int = 0
+    """Tokens at its start that earlier queries about the same text had; 0 for the first one."""
 
     @classmethod
     def from_example(cls, example: Example) -> TeacherQuery:
@@ -60,6 +62,7 @@ class TeacherQuery:
             self,
             token_ids=prompt.before(self.token_ids),
             start=self.start + prompt.shift,
+            num_scored=self.num_scored + prompt.shift if self.num_scored else 0,
             teacher_prompts={},
             student_prompt=self.token_ids[: self.start],
         )

@@ -40,7 +40,7 @@ class TargetSource(Protocol):
 
     @property
     def reuse_prefixes(self) -> bool:
-        """True if all of them score the rest of a text without computing again what came before."""
+        """True while all of them score the rest of a text without computing again what came before."""
 
     @property
     def class_names(self) -> Mapping[str, Sequence[str]]:

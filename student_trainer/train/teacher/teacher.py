@@ -45,6 +45,7 @@ from stillhouse.student_trainer.train.teacher.identity import (
     require_kind,
     write_identity,
 )
+from stillhouse.student_trainer.train.teacher.prefix_reuse import PrefixReuse
 from stillhouse.student_trainer.train.teacher.prompt_limits import check_prompt_limit, longest_prompted
 from stillhouse.student_trainer.train.teacher.query import TeacherQuery
 from stillhouse.student_trainer.train.teacher.service_limits import (
@@ -176,6 +177,7 @@ class TeacherClient:
         """Ids below it mean the same to the student and to the teacher."""
         self.info = GetTeacherInfoResponse()
         """Common information of all services reached: the least of each limit, and the capabilities of all."""
+        self.prefix_reuse = PrefixReuse()
 
     def demand(self, demands: Demands) -> None:
         """Checks every later contact, and the services reached so far, against `demands`. Raises StillhouseError."""

@@ -147,7 +147,11 @@ class VllmEngine:
     async def score_once(self, item: ScoreInput, *, reuse: bool) -> Distributions:
         """Scores once, using the prefix cache only with `reuse`. Raises RowsMissingError if rows came from the cache."""
         ids, params = self._tier.score_params(item, reuse=reuse)
-        return self._tier.read_scores(item, await self._last_output(ids, params, item.adapter))
+        output = await self._last_output(ids, params, item.adapter)
+        rows = self._tier.read_scores(item, output)
+        if item.on_reused is not None:
+            item.on_reused(output.num_cached_tokens or 0)
+        return rows
 
     async def generate(self, item: GenerateInput) -> AsyncIterator[GeneratedChunk]:
         """Streams the chunks of one sample; closing the iterator aborts it inside vLLM."""

@@ -280,6 +280,19 @@ def test_prompts_that_end_at_a_cache_block_keep_their_first_row(
             assert_agrees(answer, ids, reference_logprobs(models.teacher, ids), top_k=8)
 
 
+def test_a_teacher_with_a_prefix_cache_tells_what_it_held(teacher: Teacher) -> None:
+    whole = random_ids(130, seed=4711)
+    parts = [sequence(whole[:66], start=2), sequence(whole, start=66)]
+    reused = []
+    for part in parts:
+        teacher.score([part])
+        reused.append(teacher.reused.get(0))
+    if teacher_pb2.CAPABILITY_PREFIX_REUSE in teacher.info.capabilities:
+        assert reused == [0, 64]
+    else:
+        assert set(reused) <= {None, 0}
+
+
 def test_the_second_runner_has_every_capability(second_runner_teacher: Program) -> None:
     teacher = Teacher(second_runner_teacher.target)
     assert teacher.info.engine.endswith("(tier worker)")

@@ -189,7 +189,9 @@ def test_coded_queries_are_answered_with_the_values_of_their_ids(
         results[0].distributions, vocab_size=size, max_rows=ROWS, max_top_k=1, queried_ids=ids
     )
     wire = WireFormat(logprob_dtype=Tensor.DATA_TYPE_FLOAT32, pack_bits=None)
-    parts = list(score._results(7, rows, DistributionOptions(top_k=1), wire, ids[: rows.num_rows]))
+    scored = score._Scored(rows=rows, queried=ids[: rows.num_rows], num_reused=5)
+    parts = list(score._results(7, scored, DistributionOptions(top_k=1), wire))
+    assert [each.reused_tokens for each in parts] == [0] * (len(parts) - 1) + [5]
     assert len(parts) > 5
     np.testing.assert_array_equal(query_logprobs(teacher, parts, ids), found[: rows.num_rows])
 

@@ -54,7 +54,7 @@ class ScoreStream(TeacherStream[TeacherQuery, Distributions]):
                         if self._config.classes:
                             self._accept_classes(call, result, classes)
                         else:
-                            self._accept(call, result, parts)
+                            self._accept(endpoint, call, result, parts)
             finally:
                 stream.cancel()
 
@@ -93,6 +93,7 @@ class ScoreStream(TeacherStream[TeacherQuery, Distributions]):
 
     def _accept(
         self,
+        endpoint: Endpoint,
         call: Call[TeacherQuery, Distributions],
         result: ScoreResult,
         parts: dict[int, list[Distributions]],
@@ -119,6 +120,13 @@ class ScoreStream(TeacherStream[TeacherQuery, Distributions]):
                     "Stillhouse.",
                 )
             return
+        if asked.num_scored and result.HasField("reused_tokens"):
+            self._teacher.prefix_reuse.add(
+                num_scored=asked.num_scored,
+                num_reused=result.reused_tokens,
+                num_new=asked.num_rows,
+                target=endpoint.target,
+            )
         whole = Distributions.concat(parts.pop(sequence_id))
         self._check_states(sent_states(whole), asked)
         call.answer(sequence_id, _checked(whole, asked))

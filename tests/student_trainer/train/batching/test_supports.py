@@ -257,7 +257,7 @@ def test_a_rollout_that_is_too_old_is_counted_and_never_learnt_from(
             version=lambda: 6,
             gate=gate,
             queries_top_k=False,
-            queries_parts=False,
+            queries_parts=lambda: False,
             max_staleness=1,
         )
         assert feed.ahead == 1

@@ -164,7 +164,7 @@ def collect(
                 version=lambda: 0,
                 gate=WarmStart(None, vocab_size=40, alone=True, field_path="", is_open=True),
                 queries_top_k=True,
-                queries_parts=queries_parts,
+                queries_parts=lambda: queries_parts,
                 max_staleness=0,
                 teachers_per_query=num_teachers,
             )

@@ -1,0 +1,40 @@
+"""Whether a teacher's prefix cache holds a text between the queries about its parts, by what the teacher reports."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+import structlog
+
+log = structlog.get_logger()
+
+WINDOW = 64
+"""Latest queries that are compared."""
+
+
+class PrefixReuse:
+    """Tokens that one teacher computed again, and those that were new to it, over the latest further parts of texts."""
+
+    def __init__(self) -> None:
+        self._latest: deque[tuple[int, int]] = deque(maxlen=WINDOW)
+        self._lock = threading.Lock()
+        self.pays = True
+        """False once parts made the teacher compute more than twice as much; it stays so, as whole texts tell nothing."""
+
+    def add(self, *, num_scored: int, num_reused: int, num_new: int, target: str) -> None:
+        """Counts a query about `num_new` tokens behind `num_scored` that earlier queries had, of which `num_reused` were held by the
+        service at `target`."""
+        with self._lock:
+            self._latest.append((max(0, num_scored - max(0, num_reused)), num_new))
+            again, new = (sum(each) for each in zip(*self._latest, strict=True))
+            if not self.pays or len(self._latest) < WINDOW or again <= new:
+                return
+            self.pays = False
+        log.warning(
+            "the teacher's prefix cache does not hold texts between their parts: they are scored when they are whole; give the "
+            "teacher more memory for its cache, or fewer clients",
+            target=target,
+            computed_again=again,
+            new=new,
+        )
