@@ -33,7 +33,7 @@ class Ratio:
     stretch: float | None = None
     of: Literal["rate", "bytes", "teacher_cpu"] = "rate"
     limit: Literal["", "score", "shared", "decode"] = ""
-    """Bound by the model's parts."""
+    """Bound by the model's parts in PyTorch's kernels; compiled rows and smaller batches may pass it."""
 
     def value(self, passes: Round) -> float | None:
         """Ratio of one round; None where a side is missing."""
@@ -229,8 +229,9 @@ class Costs:
         if kind == "shared":
             return self.body * computed * threads / (self.body * computed + answer * answered)
         if kind == "decode":
+            # A helper selects beside later steps; a step takes one thread.
             step = self.body + self.head
-            return step / (step + self.select[top_k] / threads)
+            return step / max(step, (step + self.select[top_k]) / threads)
         return None
 
 

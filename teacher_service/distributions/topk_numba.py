@@ -26,6 +26,8 @@ _MIN_BLOCK, _MAX_BLOCK = 16, 128
 """Ids per block; blocks are first compared by their maxima alone."""
 _BLOCKS_PER_TOKEN = 2
 """Blocks per requested token, as far as the vocabulary has them."""
+_RANKED = 512
+"""Most numbers that are ordered by comparing each with all."""
 _LOW_BITS = 0x7FFFFFFF
 _LEAST_KEY = ~0x7F7FFFFF
 """`_key` of the lowest finite number."""
@@ -64,6 +66,21 @@ def heads_and_tails(
     block = min(_MAX_BLOCK, max(_MIN_BLOCK, wanted // _MIN_BLOCK * _MIN_BLOCK))
     _fill(logits_TV, block, ids, values, head, rest, *sums)
     return ids, values, head, rest, sums
+
+
+def packed_rows(
+    logits_TV: Float32Array,
+    targets_T: npt.NDArray[np.int64],
+    sampling_T: Float32Array,
+    ids: Int32Array,
+    values: Float32Array,
+) -> None:
+    """Fills in `ids` [T, 1 + K] and `values` [T, 3 + K] as `request_plan.pack` does for rows of top-k, target and tail alone.
+
+    Rows and K as for `heads_and_tails`; `sampling_T` are log-probabilities where the targets were sampled.
+    """
+    found = heads_and_tails(logits_TV, ids.shape[1] - 1)
+    _pack(logits_TV, *found[:4], targets_T, sampling_T, ids, values)
 
 
 def tempered_sums(
@@ -115,14 +132,14 @@ def _fill(  # noqa: PLR0917 - compiled code takes no keywords
     vocab_size, top_k = logits_TV.shape[1], ids.shape[1]
     highest = np.empty((vocab_size + block - 1) // block, np.int32)
     order = np.empty_like(highest)
-    found = np.empty(vocab_size + 1, np.int64)
+    found, ordered = np.empty(vocab_size + 1, np.int64), np.empty(_RANKED, np.int64)
     for row in range(len(logits_TV)):
         logits_V = logits_TV[row]
         lowest = _highest_of_blocks(logits_V, block, highest)
         order[:] = highest
         floor = _kth_largest(order, top_k)
         num_found = _at_least(logits_V, block, highest, floor, found)
-        _sort_falling(found, num_found)
+        _sort_falling(found, num_found, ordered)
         for place in range(top_k):
             token = _LOW_BITS - (found[place] & _LOW_BITS)
             ids[row, place], values[row, place] = token, logits_V[token]
@@ -132,6 +149,35 @@ def _fill(  # noqa: PLR0917 - compiled code takes no keywords
             total += np.exp(np.float64(values[row, place]) - np.float64(first))
         head[row] = np.log(total) + first if lowest >= _LEAST_KEY else np.nan
         rest[row] = np.log(_sum_others(logits_V, ids[row], following[row], _ONE, sums[row])) + following[row]
+
+
+@compiled
+def _pack(  # noqa: PLR0917 - compiled code takes no keywords
+    logits_TV: Any,
+    top_ids: Any,
+    top: Any,
+    head: Any,
+    rest: Any,
+    targets: Any,
+    sampling: Any,
+    ids: Any,
+    values: Any,
+) -> None:
+    top_k = top.shape[1]
+    for row in range(len(logits_TV)):
+        higher = max(head[row], rest[row])
+        lse = higher + np.log1p(np.exp(-abs(head[row] - rest[row])))
+        target = targets[row]
+        finite = np.isfinite(head[row]) and np.isfinite(lse)
+        ids[row, 0] = target
+        values[row, 0] = (
+            np.float32(np.float64(logits_TV[row, target]) - lse) if finite else np.float32(np.nan)
+        )
+        for place in range(top_k):
+            ids[row, 1 + place] = top_ids[row, place]
+            values[row, 1 + place] = np.float32(np.float64(top[row, place]) - lse)
+        values[row, 1 + top_k] = np.float32(rest[row] - lse)
+        values[row, 2 + top_k] = sampling[row]
 
 
 @compiled
@@ -195,8 +241,18 @@ def _at_least(logits_V: Any, block: int, highest: Any, floor: Any, found: Any) -
 
 
 @compiled
-def _sort_falling(numbers: Any, count: int) -> None:
-    """Shellsort of the first `count`, which are few."""
+def _sort_falling(numbers: Any, count: int, scratch: Any) -> None:
+    """Sorts the first `count`, which differ: up to _RANKED by their ranks, as vectors compare many at once, more by Shellsort."""
+    wide_vectors()
+    if count <= _RANKED:
+        part = numbers[:count]
+        for index in range(count):
+            number, rank = part[index], 0
+            for other in range(part.size):
+                rank += part[other] > number
+            scratch[rank] = number
+        part[:] = scratch[:count]
+        return
     gap = 1
     while gap < count // 3:
         gap = 3 * gap + 1

@@ -102,6 +102,10 @@ def test_limits_come_from_the_parts_of_the_model() -> None:
     limit = COSTS.limit("shared", 64, computed=0.5, answered=0.25)
     assert limit == pytest.approx(0.35 / (0.35 + 0.3 * 0.25))
     assert COSTS.limit("decode", 64, computed=1, answered=1) == pytest.approx(0.9)
+    helped = replace(COSTS, helpers=1)
+    assert helped.limit("decode", 64, computed=1, answered=1) == 1
+    slow = replace(helped, select={64: 1.1})
+    assert slow.limit("decode", 64, computed=1, answered=1) == pytest.approx(0.9)
 
 
 def test_byte_ratios_are_theirs_over_ours() -> None:

@@ -7,6 +7,7 @@ beside the steps that follow.
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -88,20 +89,26 @@ class Deferred(Generic[Result]):
     def __init__(self, pool: ThreadPoolExecutor | None, work: Callable[[], Result]) -> None:
         self._work: Callable[[], Result] | None = work
         self._results: list[Result] = []
-        self._future = None if pool is None else pool.submit(_without_gradients, self._run)
+        self._lock = threading.Lock()
+        if pool is not None:
+            pool.submit(_without_gradients, self._run)
 
     def _run(self) -> None:
-        assert self._work is not None
-        self._results.append(self._work())
-        self._work = None  # with the logits that it holds
+        with self._lock:
+            if not self._results:
+                assert self._work is not None
+                self._results.append(self._work())
+                self._work = None  # with the logits that it holds
+
+    @property
+    def is_done(self) -> bool:
+        """True once it is computed without an error."""
+        return bool(self._results)
 
     def result(self) -> Result:
         """Waits for the result, or computes it. Raises the work's error."""
         if not self._results:
-            if self._future is None or self._future.cancel():
-                self._run()
-            else:
-                self._future.result()
+            _without_gradients(self._run)
         return self._results[0]
 
 

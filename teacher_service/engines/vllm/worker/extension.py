@@ -35,6 +35,7 @@ from stillhouse.teacher_service.engines.vllm.worker.lm_head import (
     shared_output_layer,
 )
 from stillhouse.teacher_service.engines.vllm.worker.malloc_trim import trim_regularly
+from stillhouse.teacher_service.engines.vllm.worker.plugin import encodes_pending_rows
 from stillhouse.teacher_service.engines.vllm.worker.request_plan import (
     MISSING,
     ScorePlan,
@@ -88,7 +89,9 @@ def install(runner: Any) -> None:
         getattr(runner, name)
     helpers = HelperThreads.from_environment()
     runner._get_prompt_logprobs_dict = PromptScorer(runner, runner._get_prompt_logprobs_dict, helpers)
-    runner._sample = sampler(runner, runner._sample, get_plan, helpers)
+    runner._sample = sampler(
+        runner, runner._sample, get_plan, helpers, pending=helpers.count > 0 and encodes_pending_rows()
+    )
     if helpers.count:
         runner.execute_model = with_free_cores(runner, runner.execute_model, helpers.count)
     if runner.device.type == "cpu":

@@ -1,5 +1,5 @@
-"""vLLM plug-in: bounds prefix-cache hits of scored prompts, clears stale NaN from cache blocks, and bounds prompt
-reading during generation.
+"""vLLM plug-in: bounds prefix-cache hits of scored prompts, clears stale NaN from cache blocks, bounds prompt reading during
+generation, and encodes rows that are still computed.
 
 vLLM loads it in each of its processes (entry point `vllm.general_plugins`). It does nothing unless the variable below
 is set, and then nothing to requests without Stillhouse's argument.
@@ -14,8 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from stillhouse.teacher_service.engines.vllm.worker import linear_lora, lm_head_lora
 from stillhouse.teacher_service.engines.vllm.worker.request_plan import score_start
+from stillhouse.teacher_service.engines.vllm.worker.row_buffer import PendingArray
 
 VARIABLE = "STILLHOUSE_VLLM_PLUGIN"
 """Set to its process id while a teacher starts its vLLM."""
@@ -50,6 +53,7 @@ def register() -> None:
         (_cap_cache_hits, "the prefix cache is not used for scoring"),
         (_clear_new_blocks, "a sequence with NaN can spoil later ones"),
         (_read_less_beside_writers, "long prompts delay generation"),
+        (encode_pending_rows, "steps that generate wait for the rows of their tokens"),
         (linear_lora.install, "adapters are copied for each row"),
         (lm_head_lora.install, "models whose output layer takes adapters cannot be scored together with any"),
     ):
@@ -130,6 +134,39 @@ def _read_less_beside_writers() -> None:
 
     schedule.stillhouse = True  # type: ignore[attr-defined]
     Scheduler.schedule = schedule
+
+
+def encode_pending_rows() -> None:
+    """Wraps `MsgpackEncoder.enc_hook`: `PendingArray`s are waited for where a message is encoded, in a thread of its own.
+
+    An array whose computation failed is sent without rows, which the front end refuses; the engine raises the error in a later step.
+    """
+    from vllm.v1.serial_utils import MsgpackEncoder
+
+    original = MsgpackEncoder.enc_hook
+    if encodes_pending_rows():
+        return
+    if list(inspect.signature(original).parameters) != ["self", "obj"]:
+        raise TypeError(f"MsgpackEncoder.enc_hook{inspect.signature(original)}")
+
+    def enc_hook(self: Any, obj: Any) -> Any:
+        if isinstance(obj, PendingArray):
+            try:
+                obj = obj.array()
+            except Exception as error:
+                _log.exception("stillhouse: rows of generated tokens were not computed", exc_info=error)
+                obj = np.empty((0, 0), np.float32)
+        return original(self, obj)
+
+    enc_hook.stillhouse = True  # type: ignore[attr-defined]
+    MsgpackEncoder.enc_hook = enc_hook
+
+
+def encodes_pending_rows() -> bool:
+    """True in a process whose messages may hold a `PendingArray`."""
+    from vllm.v1.serial_utils import MsgpackEncoder
+
+    return getattr(MsgpackEncoder.enc_hook, "stillhouse", False)
 
 
 class _Until:

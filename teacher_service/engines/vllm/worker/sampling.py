@@ -1,7 +1,7 @@
 """Samples tokens inside vLLM's worker, and reports their distributions, from the logits of one decode pass.
 
 Replaces `_sample` of vLLM's first model runner for requests with a plan; run on the CPU build only. The next pass needs the
-tokens alone: distributions that the front end does not emit yet are left to helper threads, where there are any.
+tokens alone: distributions are left to helper threads, where there are any.
 """
 
 from __future__ import annotations
@@ -17,25 +17,35 @@ from torch import Tensor
 from stillhouse.teacher_service.distributions import normalisation, row_tensors
 from stillhouse.teacher_service.engine import DistributionOptions
 from stillhouse.teacher_service.engines.vllm.worker.batch_sampling import SampledRows, sample_rows
-from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import Deferred, HelperThreads
+from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import HelperThreads
 from stillhouse.teacher_service.engines.vllm.worker.request_plan import SamplingPlan
 from stillhouse.teacher_service.engines.vllm.worker.row_buffer import (
     Array,
     OutgoingRows,
-    RowBuffer,
+    RowsOfSample,
+    Slab,
+    block_rows,
     is_due,
-    known,
 )
 from stillhouse.teacher_service.engines.vllm.worker.sampled_rows import columns_of, prefix_uniforms
 
+_Work = Callable[[], tuple[Array, Array]]
 _SHARED_ELEMENTS = 1 << 16
 """Smallest number of logits worth sharing with another thread."""
 
 
 def sampler(
-    runner: Any, original: Callable[..., Any], get_plan: Callable[[Any], Any], helpers: HelperThreads
+    runner: Any,
+    original: Callable[..., Any],
+    get_plan: Callable[[Any], Any],
+    helpers: HelperThreads,
+    *,
+    pending: bool = False,
 ) -> Callable[..., Any]:
-    """Builds the replacement of `runner._sample`. The mandatory token after a scored prompt is ignored, and not sampled."""
+    """Builds the replacement of `runner._sample`; with `pending` rows leave it before helpers have computed them.
+
+    The mandatory token after a scored prompt is ignored, and not sampled.
+    """
     from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
     on_cpu, longest = runner.device.type == "cpu", runner.max_model_len
@@ -56,33 +66,95 @@ def sampler(
                 chosen = _Group(
                     rows=rows, plans=[plans[row] for row in rows], requests=[requests[row] for row in rows]
                 )
-                share(partial(_sample_into, step, chosen, logits, longest, defers=defers))
-        step.defer(logits, helpers)
-        released = _released_rows(step, requests, longest) if on_cpu else step.tensors(LogprobsTensors)
+                share(partial(_sample_into, step, chosen, logits, defers=defers))
+        if on_cpu:
+            released = _released_rows(
+                step, requests, longest, step.waiting_work(logits), helpers, pending=pending
+            )
+        else:
+            released = step.tensors(LogprobsTensors)
         return SamplerOutput(sampled_token_ids=step.tokens, logprobs_tensors=released)
 
     return sample
 
 
-def _released_rows(step: _Step, requests: list[Any], longest: int) -> OutgoingRows:
-    """Rows released with this step, with the buffered rows of their samples; vLLM's own are released at once."""
-    tokens, blocks = step.tokens[:, 0].tolist(), {}
-    computed = [(rows, known(ids.numpy(), values.numpy())) for rows, ids, values in step.parts]
-    for rows, columns in computed + [(rows, each.result) for rows, each in step.deferred]:
+def _released_rows(
+    step: _Step,
+    requests: list[Any],
+    longest: int,
+    waiting: list[tuple[list[int], _Work]],
+    helpers: HelperThreads,
+    *,
+    pending: bool,
+) -> OutgoingRows:
+    """Rows released with this step, with the earlier rows of their samples; helpers compute those that are `waiting`, and vLLM's own
+    are released at once."""
+    tokens: list[int] = step.tokens[:, 0].tolist()
+    released: dict[int, tuple[Any, Any, Array]] = {}
+    for rows, ids, values in step.parts:
+        if requests[rows[0]].stillhouse_plan is None:
+            assert step.ranks is not None
+            parts, ranks = (ids.numpy(), values.numpy()), step.ranks.numpy()
+            for at, row in enumerate(rows):
+                released[row] = parts[0][at : at + 1], parts[1][at : at + 1], ranks[row : row + 1]
+            continue
+        places = _Places()
+        due = places.add(rows, requests, tokens, longest)
+        places.write(ids.numpy(), values.numpy())
+        released |= {row: each.leave(pending=False) for row, each in due}
+    for rows, work in waiting:
+        places = _Places()
+        due = places.add(rows, requests, tokens, longest)
+        places.write_later(work, helpers)
+        released |= {row: each.leave(pending=pending) for row, each in due}
+    return OutgoingRows(released)
+
+
+class _Places:
+    """Places in slabs of one row of each of some samples with equal options."""
+
+    def __init__(self) -> None:
+        self._by_slab: dict[Slab, tuple[list[int], list[int], list[int]]] = {}
+        """Indices of rows, their samples in the slab, and the samples' earlier rows."""
+
+    def add(
+        self, rows: list[int], requests: list[Any], tokens: list[int], longest: int
+    ) -> list[tuple[int, RowsOfSample]]:
+        """Adds the samples of these rows of the batch; those whose rows are released with it."""
+        new: dict[int, Slab] = {}
+        due = []
         for at, row in enumerate(rows):
             request = requests[row]
-            if request.stillhouse_plan is None:
-                assert step.ranks is not None
-                ids, values = columns()
-                blocks[row] = ids[at : at + 1], values[at : at + 1], step.ranks[row : row + 1].numpy()
-                continue
-            buffer = request.stillhouse_row_buffer = (
-                getattr(request, "stillhouse_row_buffer", None) or RowBuffer()
-            )
-            buffer.rows.append((columns, at))
+            sample = getattr(request, "stillhouse_rows", None)
+            if sample is None:
+                size = block_rows(len(request.output_token_ids))
+                if size not in new:
+                    new[size] = Slab(size)
+                sample = request.stillhouse_rows = RowsOfSample(new[size])
+            slab = sample.slab
+            if slab not in self._by_slab:
+                self._by_slab[slab] = [], [], []
+            places, samples, counts = self._by_slab[slab]
+            places.append(at)
+            samples.append(sample.sample)
+            counts.append(sample.count)
+            sample.count += 1
             if _is_due(request, tokens[row], longest):
-                blocks[row] = buffer.drain()
-    return OutgoingRows(blocks)
+                due.append((row, sample))
+                request.stillhouse_rows = None
+        return due
+
+    def write(self, ids: Array, values: Array) -> None:
+        """Writes the rows."""
+        for slab, (places, samples, counts) in self._by_slab.items():
+            some = slice(None) if len(places) == len(ids) else places
+            slab.write(samples, counts, ids[some], values[some])
+
+    def write_later(self, work: _Work, helpers: HelperThreads) -> None:
+        """Leaves it to helpers to compute the rows, and to write them."""
+        deferred = helpers.defer(lambda: self.write(*work()))
+        for slab in self._by_slab:
+            slab.expect(deferred)
 
 
 def _is_due(request: Any, token: int, longest: int) -> bool:
@@ -105,14 +177,6 @@ class _Group:
             return []
         return [[*request.prompt_token_ids, *request.output_token_ids] for request in self.requests]
 
-    def part(self, places: list[int]) -> _Group:
-        """Rows at these places of the group."""
-        return _Group(
-            rows=[self.rows[place] for place in places],
-            plans=[self.plans[place] for place in places],
-            requests=[self.requests[place] for place in places],
-        )
-
 
 @dataclass(kw_only=True, slots=True)
 class _Step:
@@ -122,12 +186,11 @@ class _Step:
     parts: list[tuple[list[int], Tensor, Tensor]] = field(default_factory=list)
     waiting: list[tuple[_Group, SampledRows]] = field(default_factory=list)
     """Rows whose columns are not computed yet."""
-    deferred: list[tuple[list[int], Deferred[tuple[Array, Array]]]] = field(default_factory=list)
-    """Those of them whose columns a helper computes."""
     ranks: Tensor | None = None
 
-    def defer(self, logits: Tensor, helpers: HelperThreads) -> None:
-        """Leaves the columns of waiting rows to helpers, those of equal options together."""
+    def waiting_work(self, logits: Tensor) -> list[tuple[list[int], _Work]]:
+        """Waiting rows and the computation of their columns, those of equal options together."""
+        found: list[tuple[list[int], _Work]] = []
         by_options: dict[Any, list[tuple[_Group, SampledRows]]] = {}
         for group, sampled in sorted(self.waiting, key=lambda each: each[0].rows[0]):
             plan = group.plans[0]
@@ -144,7 +207,8 @@ class _Step:
                 options,
                 [prefix for group, _ in waiting for prefix in group.prefixes()],
             )
-            self.deferred.append((rows, helpers.defer(work)))
+            found.append((rows, work))
+        return found
 
     def copy(self, rows: list[int], output: Any) -> None:
         """Copies the results of vLLM's sampler for these rows."""
@@ -170,31 +234,18 @@ class _Step:
         return kind(ids, values, ranks)
 
 
-def _sample_into(step: _Step, group: _Group, logits: Tensor, longest: int, *, defers: bool) -> None:
-    """Samples a token for each row of a group, with its columns; with `defers`, with those alone that are released now."""
+def _sample_into(step: _Step, group: _Group, logits: Tensor, *, defers: bool) -> None:
+    """Samples a token for each row of a group, with its columns unless it `defers` them."""
     options = group.plans[0].options
     positions = [len(request.output_token_ids) for request in group.requests]
     logits_BV = normalisation.as_float32(_select_rows(logits, group.rows))
     sampled = sample_rows(logits_BV, group.plans, positions)
     step.tokens[group.rows, 0] = sampled.token_ids.int()
     if defers and options is not None:
-        tokens = sampled.token_ids.tolist()
-        due: list[int] = []
-        rest: list[int] = []
-        for place, token in enumerate(tokens):
-            (due if _is_due(group.requests[place], token, longest) else rest).append(place)
-        if not due:
-            step.waiting.append((group, sampled))
-            return
-        if rest:
-            step.waiting.append((group.part(rest), _part(sampled, rest)))
-            group, sampled, logits_BV = group.part(due), _part(sampled, due), logits_BV[due]
+        step.waiting.append((group, sampled))
+        return
     uniforms = prefix_uniforms(group.prefixes(), options)
     step.parts.append((group.rows, *columns_of(logits_BV, sampled, options, uniforms)))
-
-
-def _part(sampled: SampledRows, places: list[int]) -> SampledRows:
-    return SampledRows(token_ids=sampled.token_ids[places], logprobs=sampled.logprobs[places])
 
 
 def _arrays(
