@@ -108,7 +108,8 @@ def scratch(name: str, shape: torch.Size | tuple[int, int], device: torch.device
     buffers: dict[str, Tensor] = _SCRATCH.__dict__
     key, size = f"{name} {device}", math.prod(shape)
     if key not in buffers or buffers[key].numel() < size:
-        buffers[key] = torch.empty(size, dtype=torch.float32, device=device)
+        with torch.inference_mode(False):  # a tensor of inference mode is of no use outside it
+            buffers[key] = torch.empty(size, dtype=torch.float32, device=device)
     return buffers[key][:size].view(shape)
 
 

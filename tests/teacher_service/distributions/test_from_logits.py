@@ -337,3 +337,14 @@ def test_compiled_rows_are_those_of_a_devices_arithmetic(stratified: bool) -> No
     assert other.sampled_token_ids is not None
     assert torch.equal(one.sampled_token_ids[one.finite], other.sampled_token_ids[one.finite])
     assert ((other.sampled_token_ids >= 0) & (other.sampled_token_ids < size)).all()
+
+
+def test_buffers_of_inference_mode_serve_outside_it() -> None:
+    options = DistributionOptions(top_k=3, num_sampled_tokens=2)
+    wide = torch.cat([logits()] * 8, dim=1)  # larger than any buffer so far
+    with torch.inference_mode():
+        first = distributions(wide, identity, target(), options, vocab_size=8 * V)
+    again = distributions(wide, identity, target(), options, vocab_size=8 * V)
+    assert first.sampled_token_ids is not None
+    assert again.sampled_token_ids is not None
+    assert np.array_equal(first.sampled_token_ids, again.sampled_token_ids)
