@@ -24,7 +24,7 @@ from stillhouse.protos.files.atomic import write_atomic
 from stillhouse.protos.files.user_cache import user_cache
 
 _SCANNING = "transformers.utils.import_utils"
-_METADATA = (".dist-info", ".egg-info")
+_METADATA = (".dist-info", ".egg-info", "egg-info")
 
 T = TypeVar("T")
 
@@ -85,10 +85,18 @@ def _distributions(read: Callable[[], Mapping[str, list[str]]]) -> Mapping[str, 
 
 
 def _metadata_in(directory: str) -> tuple[str, list[tuple[str, int]]] | None:
-    """A directory of sys.path with the descriptions of distributions in it; None if it has none."""
+    """A directory of sys.path with the descriptions of distributions in it, or an archive; None if it has none."""
     found = []
-    with suppress(OSError), os.scandir(directory or ".") as entries:
-        found = [(each.name, each.stat().st_mtime_ns) for each in entries if each.name.endswith(_METADATA)]
+    with suppress(OSError):
+        if Path(directory).is_file():
+            found = [("", Path(directory).stat().st_mtime_ns)]
+        else:
+            with os.scandir(directory or ".") as entries:
+                found = [
+                    (each.name, each.stat(follow_symlinks=False).st_mtime_ns)
+                    for each in entries
+                    if each.name.lower().endswith(_METADATA)
+                ]
     return (str(Path(directory).resolve()), sorted(found)) if found else None
 
 
@@ -98,7 +106,9 @@ def _kept_scan(scan: _Scan, models: Path, *, source: Path) -> _Scan:
             return scan(module_path, prefix)
         with os.scandir(models) as entries:
             times = sorted((each.name, each.stat().st_mtime_ns) for each in entries)
-        origins = [str(source), source.stat().st_mtime_ns, times]
+        # All times are the same in some images of containers, whatever version they hold.
+        version = getattr(sys.modules.get("transformers"), "__version__", "")
+        origins = [version, str(source), source.stat().st_size, source.stat().st_mtime_ns, times]
         found = _kept(
             f"models {models}", origins, read=lambda: scan(module_path), encode=_listed, decode=_unlisted
         )

@@ -42,6 +42,12 @@ def program(models: Models, tmp_path: Path) -> Iterator[Program]:
         yield started
 
 
+def test_a_teacher_keeps_what_transformers_reads(models: Models, tmp_path: Path) -> None:
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with start_teacher(models.teacher, engine="hf", directory=tmp_path, environment=environment):
+        assert len(list((tmp_path / "cache" / "stillhouse" / "scans").iterdir())) == 2
+
+
 def start_with(*options: str) -> tuple[int, str]:
     """Exit code and stderr of a teacher with these options."""
     done = subprocess.run(

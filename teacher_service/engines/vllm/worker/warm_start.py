@@ -24,6 +24,8 @@ from importlib import import_module
 from multiprocessing import spawn, util
 from typing import Any
 
+from stillhouse.protos.import_scans import keep_scans
+
 MODULES = (
     "vllm.v1.engine.core",
     "vllm.v1.executor.uniproc_executor",
@@ -117,6 +119,7 @@ def main(number: int, modules: Sequence[str]) -> None:
     # In a thread: the teacher may end while libraries are imported.
     threading.Thread(target=_receive, args=(own, orders), name="warm", daemon=True).start()
     try:
+        keep_scans()
         for name in modules:
             import_module(name)
         with suppress(

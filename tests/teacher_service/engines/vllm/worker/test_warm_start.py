@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import psutil
 import pytest
@@ -70,6 +71,17 @@ def test_another_environment_at_import_or_a_dead_process_is_not_taken(
     with warm.offered():
         assert spawned()[0] != pid
     assert not warm.used
+
+
+def test_a_warm_process_keeps_what_transformers_reads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    warm = Warm(["transformers"])
+    with warm.offered():
+        spawned()
+        assert warm.used
+    assert len(list((tmp_path / "stillhouse" / "scans").iterdir())) == 2
 
 
 @pytest.mark.model
