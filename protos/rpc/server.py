@@ -22,6 +22,7 @@ from stillhouse.protos.rpc.channel import (
     is_loopback,
 )
 from stillhouse.protos.rpc.error_interceptor import ErrorInterceptor
+from stillhouse.protos.rpc.signals import END_SIGNALS, keep_signals
 from stillhouse.protos.rpc.tls import ServerTls, server_credentials
 from stillhouse.protos.telemetry.call_record import Observer
 
@@ -29,7 +30,6 @@ _LAST_WORDS_S = 1.0
 """Time for the trailers of the last calls to be sent."""
 _ALL_CALLS = 4
 """Bound of gRPC itself, as a multiple of `max_calls`: it also covers health, reflection and calls that are refused."""
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_receive_message_length", RECEIVE_LIMIT_BYTES),
     ("grpc.max_send_message_length", RECEIVE_LIMIT_BYTES),
@@ -66,12 +66,14 @@ class Server:
         limited: Collection[str] | None = None,
         tokens: TokenFile | None = None,
         observers: Sequence[Observer] = (),
+        signals: asyncio.Queue[signal.Signals] | None = None,
     ) -> None:
         """`listen` is HOST:PORT, where port 0 means any free one, or unix:PATH. `services` are full names, for health.
 
         `reflection` is on for loopback if None. At most `max_calls` of the `limited` rpcs run at once (None: of all).
-        `tokens` are those that calls need; `observers` receive a record of every call that has ended. Raises StillhouseError(INVALID_CONFIG) for an address that another machine can reach without
-        TLS, or without tokens or certificates of callers, unless `insecure`.
+        `tokens` are those that calls need; `observers` receive a record of every call that has ended. `signals` are those
+        of `keep_signals`, which `run_until_signal` calls if None. Raises StillhouseError(INVALID_CONFIG) for an address that
+        another machine can reach without TLS, or without tokens or certificates of callers, unless `insecure`.
         """
         if tls is None and not insecure and not is_loopback(listen):
             raise StillhouseError(
@@ -94,7 +96,7 @@ class Server:
         self._errors = ErrorInterceptor(observers)
         self.limit = CallLimit(max_calls, methods=limited)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        self._signals = signals
         self.aio: grpc.aio.Server = grpc.aio.server(
             interceptors=[self._errors, AuthInterceptor(tokens), self.limit],
             options=list(_OPTIONS),
@@ -146,12 +148,6 @@ class Server:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def keep_signals(self) -> None:
-        """Keeps SIGTERM and SIGINT from now on for `run_until_signal`; before it they would end the program at once."""
-        loop = asyncio.get_running_loop()
-        for number in _SIGNALS:
-            loop.add_signal_handler(number, self._signals.put_nowait, number)
-
     async def run_until_signal(self, drain: Callable[[], Awaitable[None]], grace_s: float) -> None:
         """Serves until SIGTERM, SIGINT or `stop`, then shuts down gracefully.
 
@@ -160,8 +156,8 @@ class Server:
         calls are cancelled.
         """
         loop = asyncio.get_running_loop()
-        self.keep_signals()
-        first, ended = loop.create_task(self._signals.get()), loop.create_task(_ended(self.aio))
+        signals = keep_signals() if self._signals is None else self._signals
+        first, ended = loop.create_task(signals.get()), loop.create_task(_ended(self.aio))
         hasten: asyncio.Task[signal.Signals] | None = None
         try:
             await asyncio.wait({first, ended}, return_when=asyncio.FIRST_COMPLETED)
@@ -169,13 +165,13 @@ class Server:
                 log.info(
                     "draining", signal=first.result().name, calls=self._errors.num_calls, grace_s=grace_s
                 )
-                hasten = loop.create_task(self._signals.get())
+                hasten = loop.create_task(signals.get())
                 await self._drain(drain, grace_s, hasten)
         finally:
             for task in (first, ended, hasten):
                 if task is not None:
                     task.cancel()
-            for number in _SIGNALS:
+            for number in END_SIGNALS:
                 loop.remove_signal_handler(number)
 
     async def _drain(

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from stillhouse.protos.errors import StillhouseError
+from stillhouse.protos.rpc.signals import keep_signals
 from stillhouse.protos.settings import options_of
 from stillhouse.protos.telemetry.logs import configure_logging
 from stillhouse.protos.telemetry.tracing import configure_tracing
@@ -54,13 +55,15 @@ async def run(settings: RunServiceSettings) -> None:
     Raises:
         StillhouseError: INVALID_CONFIG for settings that cannot work.
     """
+    # Runs of an earlier service are stopped even if the signal comes before they are adopted.
+    signals = keep_signals() if settings.stop_runs_on_exit else None
     data_dir = DataDir.open(settings.data_dir)
     try:
         first = FirstStandby.begin(settings, data_dir)
         try:
             from stillhouse.student_trainer.runs.service import serve
 
-            await serve(settings, data_dir, first)
+            await serve(settings, data_dir, first, signals)
         finally:
             first.standby.close()
     finally:

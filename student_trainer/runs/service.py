@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -44,8 +45,13 @@ SERVICE_NAME = DESCRIPTOR.services_by_name["RunService"].full_name
 log = structlog.get_logger(__name__)
 
 
-async def serve(settings: RunServiceSettings, data_dir: DataDir, first: FirstStandby) -> None:
-    """Run the service until a signal.
+async def serve(
+    settings: RunServiceSettings,
+    data_dir: DataDir,
+    first: FirstStandby,
+    signals: asyncio.Queue[signal.Signals] | None,
+) -> None:
+    """Run the service until a signal, which may be among `signals` already.
 
     Raises:
         StillhouseError: INVALID_CONFIG for settings that cannot work.
@@ -62,9 +68,8 @@ async def serve(settings: RunServiceSettings, data_dir: DataDir, first: FirstSta
             max_calls=settings.max_calls,
             tokens=TokenFile(tokens, optional=settings.tokens is None),
             observers=[metrics, AuditLog(settings.audit_log or data_dir.audit_path)],
+            signals=signals,
         )
-        if settings.stop_runs_on_exit:  # also those that are still being adopted
-            server.keep_signals()
         metrics.watch_calls(lambda: server.running)
         store = await db(Store.open, settings.database or data_dir.database_path)
         await db(dataset_uploads.remove_leftovers, data_dir.datasets_path, has_row=store.datasets.has_file)

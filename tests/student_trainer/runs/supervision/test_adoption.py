@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -53,9 +54,19 @@ def test_a_run_whose_process_was_never_started_is_queued_again(with_log: bool, t
     assert list(run.attempts) == []
 
 
+def _listens(service: psutil.Process, _: Path) -> bool:
+    return any(each.status == "LISTEN" for each in service.net_connections())
+
+
+def _holds_its_directory(service: psutil.Process, data_dir: Path) -> bool:
+    """True before it has imported what serves."""
+    return training_process.writes_below(service, data_dir / "lock")
+
+
 @pytest.mark.model
-def test_a_service_that_is_told_to_end_while_it_adopts_runs_stops_them(
-    models: Models, dataset_file: Path, tmp_path: Path
+@pytest.mark.parametrize("moment", [_holds_its_directory, _listens])
+def test_a_service_that_is_told_to_end_before_it_has_adopted_runs_stops_them(
+    moment: Callable[[psutil.Process, Path], bool], models: Models, dataset_file: Path, tmp_path: Path
 ) -> None:
     data_dir = tmp_path / "data"
     spec = cross_entropy_spec(models.student, dataset_file, steps=1_000_000)
@@ -83,9 +94,7 @@ def test_a_service_that_is_told_to_end_while_it_adopts_runs_stops_them(
             listens=False,
         ) as later:
             service = psutil.Process(later.pid)
-            wait_until(
-                lambda: any(each.status == "LISTEN" for each in service.net_connections()), "it listens"
-            )
+            wait_until(lambda: moment(service, data_dir), moment.__name__)
             later.process.send_signal(signal.SIGTERM)
             left.communicate()
             code = later.process.wait(PATIENCE_S)
