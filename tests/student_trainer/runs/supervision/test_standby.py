@@ -152,29 +152,41 @@ def test_a_run_starts_without_a_standby_process_that_cannot_take_it(
 
 
 @pytest.mark.model
-def test_a_run_whose_standby_process_is_killed_before_a_step_begins_again_in_a_new_one(
-    trainer_service: Callable[..., Program], models: Models, dataset_file: Path, tmp_path: Path
+@pytest.mark.parametrize("moment", ["given", "taken", "opened"])
+def test_a_run_whose_standby_process_is_killed_before_a_step_begins_in_a_new_one(
+    moment: str,
+    trainer_service: Callable[..., Program],
+    models: Models,
+    dataset_file: Path,
+    tmp_path: Path,
 ) -> None:
     data_dir = tmp_path / "trainer-data"
     spec = cross_entropy_spec(models.student, dataset_file, steps=1)
-    with stub_for(trainer_service("--standby", "always").target) as stub:
+    service = trainer_service("--standby", "always")
+    with stub_for(service.target) as stub:
         stub.CreateRun(pb.CreateRunRequest(spec=spec, validate_only=True))
         wait_until(
             lambda: set(map(threads_of, standby_pids(data_dir))) == {usable_cores()}, "one fits the run"
         )
-        standby = wait_standby(data_dir)
+        (standby,) = map(psutil.Process, standby_pids(data_dir))  # which imports libraries
+        if moment == "given":
+            standby.suspend()
         name = stub.CreateRun(pb.CreateRunRequest(spec=spec)).name
-        opened = data_dir / name / "process.json"
-        wait_until(opened.exists, "the run is opened")
-        assert training_pid(data_dir, name) == standby.pid
+        log, opened = data_dir / name / "attempts" / "1" / "log", data_dir / name / "process.json"
+        reached = {"given": log.exists, "opened": opened.exists}
+        wait_until(reached.get(moment, lambda: training_process.writes_below(standby, log)), moment)
+        assert opened.exists() == (moment == "opened")
         standby.kill()
         run = wait_ended(stub, name)
         assert training_pid(data_dir, name) != standby.pid
-    assert (run.state, len(run.attempts)) == (Run.STATE_COMPLETED, 2), run.error.message
+    assert (run.state, len(run.attempts)) == (Run.STATE_COMPLETED, 2 - (moment == "given")), run.error.message
+    if moment == "given":
+        assert "standby process does not take the run" in service.log()
+        return
     assert (run.attempts[0].signal, run.attempts[0].last_step) == (signal.SIGKILL, 0)
     assert "had waited for the run" in run.attempts[0].error.message
-    log = (data_dir / name / "attempts" / "2" / "log").read_text()
-    assert "passes halved" not in log
+    assert "had waited for the run" in service.log()
+    assert "passes halved" not in (data_dir / name / "attempts" / "2" / "log").read_text()
 
 
 @pytest.mark.model
