@@ -40,7 +40,6 @@ print(json.dumps({
     ),
     "packages": {name: sorted(each) for name, each in import_utils.PACKAGE_DISTRIBUTION_MAPPING.items()},
     "all_packages": {name: sorted(each) for name, each in packages.items()},
-    "qwen2": transformers.models.qwen2.Qwen2Config.model_type,
 }))
 """
 MANY = 1000
