@@ -176,7 +176,10 @@ class GenerateSession:
             options=self._options,
             turns=prompt.turns,
             single_chunk=self._request.whole_samples and not sampling.stop and not self._request.part_tokens,
-            chunk_tokens=self._request.part_tokens if self._request.whole_samples else 0,
+            # A stop string is found where a chunk comes.
+            chunk_tokens=self._request.part_tokens
+            if self._request.whole_samples and not sampling.stop
+            else 0,
         )
         decoder = self._serving.codec.stream_decoder(sampling.stop, prompt.token_ids.tolist())
         pending = sample_chunks.PendingChunks()

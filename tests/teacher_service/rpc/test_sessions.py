@@ -12,6 +12,7 @@ import pytest
 
 from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
+from stillhouse.teacher_service.engine import GeneratedChunk, GenerateInput
 from tests.conftest import Models
 from tests.teacher_service.calls import distribution_config, prompt, random_ids, sequence
 from tests.teacher_service.local import MAX_INFLIGHT, Local, serving, until
@@ -113,6 +114,30 @@ async def test_a_cancelled_stream_leaves_no_work(models: Models, tmp_path: Path)
         await paused
         assert local.servicer.counters.tokens_scored == 0
         assert local.server.limit.calls.total() == 0
+
+
+async def test_a_sample_with_a_stop_string_is_looked_at_more_often_than_its_parts_are_sent(
+    models: Models, tmp_path: Path
+) -> None:
+    async with serving(models, tmp_path) as local:
+        generate, sizes = local.engine.generate, []
+
+        def recorded(item: GenerateInput) -> AsyncIterator[GeneratedChunk]:
+            sizes.append(item.chunk_tokens)
+            return generate(item)
+
+        local.engine.generate = recorded  # type: ignore[method-assign]
+        stops = teacher_pb2.SamplingParams(stop=["@@never@@"])
+        request = teacher_pb2.GenerateRequest(
+            prompts=[prompt(random_ids(4)), prompt(random_ids(4), sampling=stops)],
+            sampling=teacher_pb2.SamplingParams(max_new_tokens=3),
+            whole_samples=True,
+            part_tokens=64,
+        )
+        assert (
+            len([chunk async for response in local.stub.Generate(request) for chunk in response.chunks]) == 2
+        )
+    assert sorted(sizes) == [0, 64]
 
 
 async def test_an_adapter_in_use_leaves_only_when_its_users_have_ended(
