@@ -81,8 +81,8 @@ def decode(
 ) -> list[int]:
     """Continues each row until one of `end_ids` or its room ends it; returns their numbers of new tokens.
 
-    `ended` is called for each row as soon as it has ended, those of one step in the batch's order, and `advanced` for each that has
-    a multiple of `part_tokens` tokens, unless that is 0, and goes on.
+    `ended` is called for each row as soon as it has ended, those of one step in the batch's order, and `advanced` for each that goes
+    on and has, with its prompt, one token more than a multiple of `part_tokens`, unless that is 0.
 
     At most `max_rows` are in the batch at a time, or as many as have `max_tokens` tokens if they are all as long as they
     may become, and one at least. With `lean` the model, for which `llama_step.decodes` must hold, computes tokens beyond the
@@ -349,7 +349,8 @@ class _Decoding:
             self._ended(row, int(self._counts[row]))
         if self._part_tokens:
             alive = batch.rows[batch.alive]
-            for row in alive[self._counts[alive] % self._part_tokens == 0].tolist():
+            lengths = self._starts[alive] + self._counts[alive]
+            for row in alive[(lengths - 1) % self._part_tokens == 0].tolist():
                 self._advanced(row, int(self._counts[row]))
 
     def _kept(self, batch: _Batch) -> _Batch | None:

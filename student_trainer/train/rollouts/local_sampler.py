@@ -40,7 +40,8 @@ SAMPLED_TOKENS = 16
 SMALL_MODEL = 2**23
 """Weights of a model up to which one thread writes on a CPU."""
 PART_TOKENS = 64
-"""Tokens of a text after which those so far are told: so many take a teacher far longer than a request."""
+"""Tokens of a sequence, prompt included, after which, and one more, those so far are told: so many take a teacher far longer than a
+request. A teacher reads all but the last, and keeps them in whole blocks, whose sizes divide this: it reads none of them again."""
 _WORTH_TOKENS = 2**20
 """Constant part of a batch's cost, in tokens, by which fewer batches come before less padding."""
 
@@ -122,7 +123,7 @@ class LocalSampler:
 
         Prompt and completion together have at most `max_sequence_tokens`, which leaves every prompt room for a token. `on_text` is
         called for each text, on a CPU in continuous batches while others are still being written; there `on_part` is called before
-        with what it has so far, each time that it has PART_TOKENS more. Raises StillhouseError(NON_FINITE) if the student's logits
+        with what it has so far, about each time that it has PART_TOKENS more. Raises StillhouseError(NON_FINITE) if the student's logits
         are non-finite.
         """
         texts: dict[int, SampledText] = {}
