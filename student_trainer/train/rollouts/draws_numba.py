@@ -28,9 +28,11 @@ class Places(NamedTuple):
     likeliest: NDArray[np.int32]
     """[N, T, Q]."""
     draws: NDArray[np.int32]
-    """[N, T, R]."""
-    draw_logprobs: NDArray[np.float32]
-    """[N, T, R]."""
+    """[N, T, R], of which only as many are filled in as there are."""
+    draw_shares: NDArray[np.float32]
+    """[N, T, R]: of which the support has logs."""
+    num_draws: NDArray[np.int32]
+    """[N, T]."""
 
 
 def draw_tokens(probs_BV: NDArray[np.float32], uniform_B: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -55,7 +57,7 @@ def draw_all(
 def take_support(
     probs_BV: NDArray[np.float32], uniform_B: NDArray[np.float64], least_step: float, places: Places
 ) -> None:
-    """Fills in the likeliest ids, in falling order, ties by id, draws from the others, and the logs of their mean shares.
+    """Fills in the likeliest ids, in falling order, ties by id, draws from the others, and their mean shares.
 
     As `token_sampler.Support` has them: on the line of the others' probabilities points lie at equal distances, at least
     `least_step`, and each id under one is drawn once.
@@ -119,7 +121,8 @@ def _draw_all(  # noqa: PLR0917 - compiled code takes no keywords
     places_B: Any,
     likeliest_NTQ: Any,
     draws_NTR: Any,
-    logprobs_NTR: Any,
+    shares_NTR: Any,
+    num_draws_NT: Any,
 ) -> None:
     """Draws tokens too where there is room for them."""
     sums = np.empty(-(-probs_BV.shape[1] // _BLOCK), np.float64)
@@ -131,14 +134,16 @@ def _draw_all(  # noqa: PLR0917 - compiled code takes no keywords
         if len(tokens_B) > 0:
             tokens_B[row] = _draw_token(probs_V, sums, uniform_B[row])
         own, place = rows_B[row], places_B[row]
-        likeliest, draws, logprobs = (
+        likeliest, draws, shares = (
             likeliest_NTQ[own, place],
             draws_NTR[own, place],
-            logprobs_NTR[own, place],
+            shares_NTR[own, place],
         )
         _find_likeliest(keys_V, highest, values, likeliest)
         if len(draws) > 0:
-            _draw_others(probs_V, sums, uniform_draws_B[row], least_step, likeliest, draws, logprobs)
+            num_draws_NT[own, place] = _draw_others(
+                probs_V, sums, uniform_draws_B[row], least_step, likeliest, draws, shares
+            )
             for number in range(len(likeliest)):
                 keys_V[likeliest[number]] = values[number]
 
@@ -192,9 +197,9 @@ def _find_likeliest(keys_V: Any, highest: Any, values: Any, ids: Any) -> None:
 
 @compiled_loop
 def _draw_others(  # noqa: PLR0917 - compiled code takes no keywords
-    probs_V: Any, sums: Any, uniform: Any, least_step: Any, likeliest: Any, draws: Any, logprobs: Any
-) -> None:
-    """Draws from all but the likeliest, whose probabilities become 0, and the sums of blocks without them."""
+    probs_V: Any, sums: Any, uniform: Any, least_step: Any, likeliest: Any, draws: Any, shares: Any
+) -> Any:
+    """Draws from all but the likeliest, whose probabilities become 0, and the sums of blocks without them; the number of draws."""
     for token in likeliest:
         probs_V[token] = 0
     for token in likeliest:
@@ -203,9 +208,8 @@ def _draw_others(  # noqa: PLR0917 - compiled code takes no keywords
     mass = 0.0
     for block in range(len(sums)):
         mass += sums[block]
-    draws[:], logprobs[:] = -1, 0
     if not mass > 0:
-        return
+        return 0
     step = max(mass / len(draws), least_step)
     found, part, before, point = 0, 0, 0.0, uniform * step
     for block in range(len(sums)):
@@ -215,9 +219,10 @@ def _draw_others(  # noqa: PLR0917 - compiled code takes no keywords
                 share = np.float64(probs_V[token])
                 reached += share
                 if reached > point and share > 0 and found < len(draws):
-                    draws[found], logprobs[found] = token, np.log(min(share / step, 1.0) / len(draws))
+                    draws[found], shares[found] = token, min(share / step, 1.0) / len(draws)
                     found += 1
                     while reached > point:
                         part += 1
                         point = (part + uniform) * step
         before += sums[block]
+    return found

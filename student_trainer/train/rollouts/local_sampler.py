@@ -264,9 +264,9 @@ class LocalSampler:
 
     def _text(self, own: Recorded) -> SampledText:
         # Columns that no position fills would cost as much as the others.
-        has_draw, columns = own.draws >= 0, own.draws.shape[1]
+        has_draw = own.draws >= 0
         width = int(has_draw.sum(1).max(initial=0))
-        widened = np.where(has_draw, np.float32(math.log(max(1, columns) / max(1, width))), np.float32(0))
+        widened = np.float32(math.log(max(1, self._num_draws) / max(1, width))) * has_draw
         return SampledText(
             token_ids=own.tokens,
             logprobs=own.logprobs,

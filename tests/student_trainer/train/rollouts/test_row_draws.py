@@ -40,11 +40,15 @@ def test_compiled_draws_are_those_of_tensors(
     uniform, places = torch.rand(2, 64, dtype=torch.float64, generator=generator).clamp(max=LARGEST_UNIFORM)
     uniform[0], places[0], uniform[1] = LARGEST_UNIFORM, LARGEST_UNIFORM, 0.0
     sampler = TokenSampler(num_valid=size, num_likeliest=likeliest, num_draws=draws, generation=generation)
-    buffer = RowBuffer(sampler, torch.stack([uniform, places]).unsqueeze(-1).numpy())
-    buffer.draw(torch.arange(64), torch.zeros(64, dtype=torch.int64), logits)
-    rows = [buffer.row(row, 1) for row in range(64)]
-    tokens, logprobs, *rest = (torch.from_numpy(np.concatenate(each)) for each in zip(*rows, strict=True))
-    support = Support(*rest)
+    buffer = RowBuffer(sampler, torch.stack([uniform, places]).unsqueeze(1).numpy())
+    buffer.draw(torch.zeros(64, dtype=torch.int64), torch.arange(64), logits)
+    tokens, logprobs, ids, drawn, shares = map(torch.from_numpy, buffer.row(0, 64))
+    empty = (0, draws - drawn.shape[1])
+    assert not drawn.numel() or (drawn >= 0).any(0).all()
+    support = Support(
+        ids,
+        *(torch.nn.functional.pad(each, empty, value=value) for each, value in ((drawn, -1), (shares, 0))),
+    )
     expected, others = sampler.draw(logits, uniform), sampler.support(logits, places)
     assert torch.equal(tokens, expected.tokens.int())
     torch.testing.assert_close(logprobs, expected.logprobs)
