@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core.dispatcher import Dispatcher
+from numba.core.extending import _Intrinsic
 
 
 def compiled_loop(function: Callable[..., Any], **settings: Any) -> Any:
     """Compiles a function, without the interpreter's lock, cached beside its source or in the user's cache directory where writable.
 
-    `settings` are further ones of `numba.njit`.
+    What is cached is of use while no file has changed of this function and of those that it may call: numba looks at the first
+    alone, whose code has the others' in it. `settings` are further ones of `numba.njit`.
     """
     try:
-        return numba.njit(cache=True, nogil=True, **settings)(function)
+        compiled = numba.njit(cache=True, nogil=True, **settings)(function)
     except RuntimeError:
         return numba.njit(nogil=True, **settings)(function)
+    with suppress(AttributeError, OSError):  # numba's own stamp, from a version with other names
+        kept = compiled._cache._cache_file
+        kept._source_stamp = (kept._source_stamp, _times(function))
+    return compiled
+
+
+def _times(function: Callable[..., Any]) -> list[tuple[str, int, int]]:
+    """Names, modification times and sizes of the files whose compiled code the function can reach by its module's names."""
+    files, seen, modules = set(), set(), [function.__globals__]
+    while modules:
+        names = modules.pop()
+        if id(names) not in seen:
+            seen.add(id(names))
+            reached = [
+                each.py_func if isinstance(each, Dispatcher) else each._defn
+                for each in names.values()
+                if isinstance(each, Dispatcher | _Intrinsic)
+            ]
+            files |= {Path(each.__code__.co_filename) for each in reached}
+            modules += [each.__globals__ for each in reached]
+    return sorted((each.name, each.stat().st_mtime_ns, each.stat().st_size) for each in files)
