@@ -1,7 +1,7 @@
 """Keeps what transformers reads of an installation at its import: the names of all packages, and those of its models.
 
-It opens thousands of files for them at every import, which takes a second. They are kept under the user's cache directory, beside
-the directories and modification times that they were read from, and read again once one of those has changed.
+It reads thousands of files for them at every import, which takes a second. They are kept under the user's cache directory, beside
+the names, sizes and modification times of what they were read from, and read again once one of those has changed.
 """
 
 from __future__ import annotations
@@ -101,14 +101,17 @@ def _metadata_in(directory: str) -> tuple[str, list[tuple[str, int]]] | None:
 
 
 def _kept_scan(scan: _Scan, models: Path, *, source: Path) -> _Scan:
+    # All times are the same in some images of containers, whatever version they hold.
+    version = getattr(sys.modules.get("transformers"), "__version__", "")
+    try:
+        state = source.stat()
+        origins = [version, str(source), state.st_size, state.st_mtime_ns, _file_states(models)]
+    except OSError:
+        return scan
+
     def define_import_structure(module_path: str | Path, prefix: str | None = None) -> _Structure:
         if Path(module_path) not in (models, models / "__init__.py"):
             return scan(module_path, prefix)
-        with os.scandir(models) as entries:
-            times = sorted((each.name, each.stat().st_mtime_ns) for each in entries)
-        # All times are the same in some images of containers, whatever version they hold.
-        version = getattr(sys.modules.get("transformers"), "__version__", "")
-        origins = [version, str(source), source.stat().st_size, source.stat().st_mtime_ns, times]
         found = _kept(
             f"models {models}", origins, read=lambda: scan(module_path), encode=_listed, decode=_unlisted
         )
@@ -120,6 +123,19 @@ def _kept_scan(scan: _Scan, models: Path, *, source: Path) -> _Scan:
         }
 
     return define_import_structure
+
+
+def _file_states(folder: str | Path) -> list[Any]:
+    """Names, times and sizes of modules in and below a folder: an editor may write to a file that stays the same one."""
+    states: list[Any] = []
+    with os.scandir(folder) as entries:
+        for each in entries:
+            if each.name.endswith(".py"):
+                state = each.stat()
+                states.append((each.name, state.st_mtime_ns, state.st_size))
+            elif each.name != "__pycache__" and each.is_dir():
+                states.append((each.name, _file_states(each.path)))
+    return sorted(states)
 
 
 def _listed(structure: _Structure) -> list[Any]:
@@ -147,7 +163,8 @@ def _kept(
     """The value that was read from the same origins before; else reads it, and keeps it."""
     path = user_cache("scans") / f"{sha256(what.encode()).hexdigest()[:16]}.json"
     origin = sha256(json.dumps([sys.version, origins]).encode()).hexdigest()
-    with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):  # missing, or damaged
+    # Missing, or damaged.
+    with suppress(OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         kept = json.loads(path.read_bytes())
         if kept["origin"] == origin:
             return decode(kept["value"])

@@ -72,7 +72,7 @@ def test_a_second_import_reads_nothing_again_and_finds_the_same(tmp_path: Path) 
     assert _content(first) == _content(second) == _content(plain)
 
 
-def test_a_new_model_and_a_new_package_are_found(tmp_path: Path) -> None:
+def test_new_models_and_packages_and_changed_files_are_found(tmp_path: Path) -> None:
     site, cache = tmp_path / "site", tmp_path / "cache"
     _link_transformers(site)
     before = _imported(cache, path=site)
@@ -87,9 +87,12 @@ def test_a_new_model_and_a_new_package_are_found(tmp_path: Path) -> None:
     assert after["packages"]["newest_package"] == ["newest"]
     assert _content(after) == _content(_imported(cache, "plain", path=site))
     assert _imported(cache, path=site)["opened"] < 50
+    with (site / "transformers" / "models" / "newest" / "configuration_newest.py").open("r+") as file:
+        file.write('__all__ = ["NewestConfig", "LaterConfig"]\n')
+    assert "LaterConfig" in _imported(cache, path=site)["names"]
 
 
-@pytest.mark.parametrize("damage", ["", "[]", '{"origin": 1}'])
+@pytest.mark.parametrize("damage", ["", "[]", '{"origin": 1}', "[" * 100_000])
 def test_a_damaged_file_is_read_anew(tmp_path: Path, damage: str) -> None:
     first = _imported(tmp_path)
     kept = list((tmp_path / "stillhouse" / "scans").iterdir())
