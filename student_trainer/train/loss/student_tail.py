@@ -40,10 +40,18 @@ def differentiate(
     vocab_size: int | None,
     upstream: float,
 ) -> tuple[ObjectiveSum, Float[Tensor, "C 1"]]:
-    """Computes the objective, and replaces the logits by `upstream` times its gradient, up to the factors of the rows."""
+    """Computes the objective, and replaces the logits by `upstream` times its gradient, up to the factors of the rows.
+
+    Raises IndexError for a text's token without a logit: compiled code does not look.
+    """
     from stillhouse.protos.tensors import reverse_kl_numba
 
     targets, term = positions.targets, _term(config)
+    least, most = positions.target_ids.aminmax()
+    if least < 0 or most >= logits.shape[-1]:
+        raise IndexError(
+            f"a text has the ids {int(least)} to {int(most)}; the student has {logits.shape[-1]} logits"
+        )
     assert isinstance(targets, SparseTargets)
     assert targets.draw_shares is not None
     assert term is not None

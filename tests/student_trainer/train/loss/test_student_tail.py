@@ -183,6 +183,22 @@ def test_a_logit_that_is_not_finite_gives_a_loss_that_is_not() -> None:
             assert not bool(found.loss_sum.isfinite()), (value, number)
 
 
+@pytest.mark.parametrize("token", [-1, V])
+def test_a_text_whose_token_has_no_logit_is_refused(token: int) -> None:
+    logits, targets = random_logits(4, V, seed=4), _targets(4, V)
+    positions = _positions(logits, targets)
+    positions.target_ids[0, 2] = token
+    with pytest.raises(IndexError, match="60 logits"):
+        student_tail.differentiate(
+            logits,
+            RowThreads(1, rows_per_piece=5),
+            positions,
+            LOSSES["alone"],
+            vocab_size=None,
+            upstream=1.0,
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fused_objective_over_it_equals_the_plain_one(dtype: torch.dtype) -> None:
     num_rows, hidden_size, vocab = 12, 16, COMPILED_VOCAB + 300
