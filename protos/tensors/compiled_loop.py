@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numba
-from numba.core.dispatcher import Dispatcher
-from numba.core.extending import _Intrinsic
 
 
 def compiled_loop(function: Callable[..., Any], **settings: Any) -> Any:
@@ -36,9 +35,11 @@ def _times(function: Callable[..., Any]) -> list[tuple[str, int, int]]:
         if id(names) not in seen:
             seen.add(id(names))
             reached = [
-                each.py_func if isinstance(each, Dispatcher) else each._defn
+                source
                 for each in names.values()
-                if isinstance(each, Dispatcher | _Intrinsic)
+                if type(each).__module__.startswith("numba.")
+                # Of compiled functions, and of intrinsics.
+                and isinstance(source := getattr(each, "py_func", getattr(each, "_defn", None)), FunctionType)
             ]
             files |= {Path(each.__code__.co_filename) for each in reached}
             modules += [each.__globals__ for each in reached]

@@ -17,18 +17,19 @@ class PrefixReuse:
     """Tokens that one teacher computed again, and those that were new to it, over the latest further parts of texts."""
 
     def __init__(self) -> None:
-        self._latest: deque[tuple[int, int]] = deque(maxlen=WINDOW)
+        self._latest: deque[tuple[int, int, int]] = deque(maxlen=WINDOW)
         self._lock = threading.Lock()
         self.pays = True
-        """False once parts made the teacher compute more than twice as much; it stays so, as whole texts tell nothing."""
+        """False once the cache held less than half of the beginnings, and these were more than what was new; it stays so, as whole
+        texts tell nothing."""
 
     def add(self, *, num_scored: int, num_reused: int, num_new: int, target: str) -> None:
         """Counts a query about `num_new` tokens behind `num_scored` that earlier queries had, of which `num_reused` were held by the
         service at `target`."""
         with self._lock:
-            self._latest.append((max(0, num_scored - max(0, num_reused)), num_new))
-            again, new = (sum(each) for each in zip(*self._latest, strict=True))
-            if not self.pays or len(self._latest) < WINDOW or again <= new:
+            self._latest.append((num_scored, max(0, num_scored - max(0, num_reused)), num_new))
+            scored, again, new = (sum(each) for each in zip(*self._latest, strict=True))
+            if not self.pays or len(self._latest) < WINDOW or again <= max(new, scored / 2):
                 return
             self.pays = False
         log.warning(

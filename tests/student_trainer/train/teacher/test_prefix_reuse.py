@@ -61,6 +61,13 @@ def test_parts_go_on_while_most_of_a_text_is_held() -> None:
     assert not added(reuse, 1, num_reused=0)
 
 
+def test_ends_of_few_tokens_behind_what_is_held_are_worth_their_queries() -> None:
+    reuse = PrefixReuse()
+    for _ in range(WINDOW):
+        reuse.add(num_scored=80, num_reused=64, num_new=3, target="a:1")
+    assert reuse.pays
+
+
 @pytest.mark.model
 def test_queries_about_further_parts_count_by_what_the_teacher_reports(
     models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path
