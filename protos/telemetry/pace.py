@@ -1,4 +1,4 @@
-"""Where the time of a run's steps goes, from its metrics, and what would change that: the same words in logs, commands and benchmarks."""
+"""The pace of a run: how its steps spend their time, from its metrics, and advice; the same words in logs, commands and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What transformers reads of an installation at its import: kept, equal to what it reads, and read again after a change."""
+"""Kept scans of an installation equal those of transformers, and are made again after a change."""
 
 from __future__ import annotations
 

@@ -45,6 +45,30 @@ def own_draws(
 
 
 @compiled_loop
+def _walk(draws: Any, besides: Any, ids: Any, counts: Any, places: Any) -> Any:
+    """Fills in ids, counts and places of one row's distinct draws; their number, or -1 if the row does not ascend."""
+    found, other, before, is_other = 0, 0, -1, True
+    for place in range(len(draws)):
+        token = draws[place]
+        if token < 0:
+            continue
+        if token < before:
+            return -1
+        if token == before:
+            if not is_other:
+                counts[found - 1] += 1
+            continue
+        before = token
+        while other < len(besides) and besides[other] < token:
+            other += 1
+        is_other = other < len(besides) and besides[other] == token
+        if not is_other:
+            ids[found], counts[found], places[found] = token, 1, place
+            found += 1
+    return found
+
+
+@compiled_loop
 def _weigh(  # noqa: PLR0917 - compiled code takes no keywords
     draws: Any,
     logprobs: Any,
@@ -57,27 +81,16 @@ def _weigh(  # noqa: PLR0917 - compiled code takes no keywords
     shares: Any,
 ) -> Any:
     """Fills in arrays of draws' shape; the most distinct draws of a row, or -1."""
-    num_draws, num_besides, most = draws.shape[1], besides.shape[1], 0
+    num_draws, most = draws.shape[1], 0
+    counts, places = np.empty(num_draws, np.int32), np.empty(num_draws, np.int32)
     for row in range(draws.shape[0]):
-        found, other, before, is_other = 0, 0, -1, True
-        for place in range(num_draws):
-            token = draws[row, place]
-            if token < 0 or not wanted[row]:
-                continue
-            if token < before:
-                return -1
-            if token != before:
-                before = token
-                while other < num_besides and besides[row, other] < token:
-                    other += 1
-                is_other = other < num_besides and besides[row, other] == token
-                if not is_other:
-                    ids[row, found], own[row, found] = token, logprobs[row, place]
-                    shares[row, found] = 0
-                    proposed = draw_logprobs[row, place]
-                    found += 1
-            if not is_other:
-                shares[row, found - 1] += np.exp(-proposed) / np.float32(num_draws)
+        found = _walk(draws[row], besides[row], ids[row], counts, places) if wanted[row] else 0
+        if found < 0:
+            return -1
+        for number in range(found):
+            place = places[number]
+            own[row, number] = logprobs[row, place]
+            shares[row, number] = counts[number] * np.exp(-draw_logprobs[row, place]) / np.float32(num_draws)
         ids[row, found:], own[row, found:], shares[row, found:] = filling, -np.inf, 0
         most = max(most, found)
     return most
@@ -88,25 +101,10 @@ def _count(  # noqa: PLR0917 - compiled code takes no keywords
     draws: Any, besides: Any, wanted: Any, ids: Any, counts: Any, places: Any
 ) -> Any:
     """Fills in arrays of draws' shape; the most distinct draws of a row, or -1."""
-    num_draws, num_besides, most = draws.shape[1], besides.shape[1], 0
+    most = 0
     for row in range(draws.shape[0]):
-        found, other, before, is_other = 0, 0, -1, True
-        for place in range(num_draws):
-            token = draws[row, place]
-            if token < 0 or not wanted[row]:
-                continue
-            if token < before:
-                return -1
-            if token == before:
-                if not is_other:
-                    counts[row, found - 1] += 1
-                continue
-            before = token
-            while other < num_besides and besides[row, other] < token:
-                other += 1
-            is_other = other < num_besides and besides[row, other] == token
-            if not is_other:
-                ids[row, found], counts[row, found], places[row, found] = token, 1, place
-                found += 1
+        found = _walk(draws[row], besides[row], ids[row], counts[row], places[row]) if wanted[row] else 0
+        if found < 0:
+            return -1
         most = max(most, found)
     return most

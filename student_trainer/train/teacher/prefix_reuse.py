@@ -1,4 +1,4 @@
-"""Whether a teacher's prefix cache holds a text between the queries about its parts, by what the teacher reports."""
+"""Judges by its reports if a teacher's prefix cache holds texts between the queries about their parts."""
 
 from __future__ import annotations
 

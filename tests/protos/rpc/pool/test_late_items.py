@@ -1,4 +1,4 @@
-"""What takes a replica far longer than it takes a free one goes to that one, once."""
+"""Late items of a pool go to a free replica that is far faster, once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds a run up is said once a window, and only if it takes most of it or leaves services idle."""
+"""Reports of a run's pace come once a window, and only if something takes most of it or leaves services idle."""
 
 from __future__ import annotations
 
